@@ -1,0 +1,35 @@
+"""Efficient attention for JAX: an exact baseline, interchangeable approximations, and a bound on each error.
+
+The import line of a method is its registration.
+"""
+
+from attention.api import attention_steps, certified_attention, dot_product_attention
+from attention.exact import AttentionSteps, Exact
+from attention.method import (
+    METHODS,
+    Capabilities,
+    Certificate,
+    Cost,
+    Method,
+    Params,
+    UnsupportedError,
+    make_method,
+    parse_method,
+)
+
+__all__ = [
+    "METHODS",
+    "AttentionSteps",
+    "Capabilities",
+    "Certificate",
+    "Cost",
+    "Exact",
+    "Method",
+    "Params",
+    "UnsupportedError",
+    "attention_steps",
+    "certified_attention",
+    "dot_product_attention",
+    "make_method",
+    "parse_method",
+]

@@ -1,0 +1,100 @@
+"""Decoding for every method that keeps the keys and values themselves."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import checkify
+from jaxtyping import Array, Float, Int
+
+from attention.inputs import emptied, prepare, ungrouped
+from attention.masks import Mask
+from attention.method import Method
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyValueCache:
+    """Room for the keys and values of a sequence, of which the first `length` are filled."""
+
+    key: Float[Array, "B K L H"]
+    value: Float[Array, "B K L E"]
+    length: Int[Array, ""]
+
+    @property
+    def max_length(self) -> int:
+        return self.key.shape[2]
+
+    def append(self, key: Float[Array, "B K S H"], value: Float[Array, "B K S E"]) -> "KeyValueCache":
+        """The cache with S more tokens.
+
+        Raises:
+            ValueError: the cache is full. Where the length is traced, `checkify` reports it; without it the
+                new values are NaN, so that an overrun cannot pass for an answer.
+        """
+        end = self.length + key.shape[2]
+        fits = end <= self.max_length
+        if not isinstance(end, jax.core.Tracer) and not fits:
+            raise ValueError(
+                f"the cache holds {self.length} tokens of max_length {self.max_length}: "
+                f"{key.shape[2]} more do not fit; pass a larger max_length to init_state"
+            )
+        checkify.debug_check(fits, "the cache is full: {end} tokens", end=end)
+        value = jnp.where(fits, value, jnp.nan)
+        return KeyValueCache(
+            key=lax.dynamic_update_slice_in_dim(self.key, key.astype(self.key.dtype), self.length, axis=2),
+            value=lax.dynamic_update_slice_in_dim(self.value, value.astype(self.value.dtype), self.length, axis=2),
+            length=end,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cached(Method, register=False):
+    """A method whose decoding state is the cache, and whose `extend` is `attend` over it."""
+
+    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> KeyValueCache:
+        room = jnp.zeros((batch, num_kv_heads, max_length, head_dim), dtype)
+        return KeyValueCache(key=room, value=room, length=jnp.zeros((), jnp.int32))
+
+    def extend(
+        self,
+        state: KeyValueCache,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        scale=None,
+        temperature=1.0,
+        logits_soft_cap=None,
+        local_window_size=None,
+        params=None,
+        rng=None,
+    ) -> tuple[KeyValueCache, Array]:
+        new = prepare(
+            self,
+            query,
+            key,
+            value,
+            scale=scale,
+            temperature=temperature,
+            logits_soft_cap=logits_soft_cap,
+            is_causal=True,
+            local_window_size=local_window_size,
+            params=params,
+            rng=rng,
+        )
+        if new.mask.num_queries != new.mask.num_keys:
+            raise ValueError(f"extend: {new.mask.num_queries} queries and {new.mask.num_keys} keys; expected as many")
+        longer = state.append(new.key, new.value)
+        mask = Mask(
+            num_queries=new.mask.num_queries,
+            num_keys=longer.max_length,
+            causal=True,
+            window=new.mask.window,
+            offset=state.length[None],
+            key_lengths=longer.length[None],
+        )
+        whole = emptied(dataclasses.replace(new, key=longer.key, value=longer.value, mask=mask))
+        return longer, ungrouped(self.attend(whole), query).astype(query.dtype)

@@ -1,0 +1,252 @@
+"""The contract that every attention method keeps, and the registry that finds them.
+
+A method is a frozen, keyword-only dataclass whose fields are its configuration. It holds no arrays;
+what it learns or draws comes from `Method.init` and is passed back as `params`. Subclassing `Method`
+registers the class, so the line that imports a method's file is its registration.
+"""
+
+import abc
+import ast
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import jax
+from jaxtyping import Array, Float
+
+ENTRY_POINT_GROUP = "attention.methods"
+
+
+class UnsupportedError(NotImplementedError):
+    """A method was asked for something that its capabilities rule out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a method can do, as data: the laws, the checks and the documentation read it, never a name.
+
+    Attributes:
+        causal: honours `is_causal` strictly, in either alignment.
+        window: honours `local_window_size`.
+        lengths: honours `query_seq_lengths` and `key_value_seq_lengths`.
+        segments: honours segment ids.
+        dense_mask: honours an arbitrary boolean `mask`.
+        bias: honours an additive `bias`.
+        soft_cap: honours `logits_soft_cap`.
+        cross: takes T != S.
+        decoding: has `init_state` and `extend`.
+        residual: can return the log of the softmax normaliser.
+        certificate: the kind of bound that comes with the output.
+        exact: equals softmax attention up to rounding, in every configuration.
+        random: draws constants, so `params` or `rng` is needed.
+    """
+
+    causal: bool = False
+    window: bool = False
+    lengths: bool = False
+    segments: bool = False
+    dense_mask: bool = False
+    bias: bool = False
+    soft_cap: bool = False
+    cross: bool = False
+    decoding: bool = False
+    residual: bool = False
+    certificate: Literal["none", "probabilistic", "deterministic"] = "none"
+    exact: bool = False
+    random: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What a method guarantees about its own output.
+
+    Attributes:
+        error_bound: `B T N`, an upper bound on ||output - exact output||_2, in the units of `value`.
+            Infinite where nothing is known.
+        dropped_mass: `B T N`, an upper bound on the softmax mass of the keys that were left out.
+            One where nothing is known.
+        work: the share of key blocks that were read, a scalar in [0, 1].
+        kind: `deterministic`; `probabilistic`, true with probability `confidence`; or `none`.
+        confidence: the probability with which a probabilistic bound holds, 1 for the others.
+    """
+
+    error_bound: Float[Array, "..."]
+    dropped_mass: Float[Array, "..."]
+    work: Float[Array, ""]
+    kind: Literal["deterministic", "probabilistic", "none"] = dataclasses.field(
+        default="none", metadata={"static": True}
+    )
+    confidence: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+
+class Params(NamedTuple):
+    """What `Method.init` returns and `params=` takes: what is trained apart from what was drawn."""
+
+    trained: Mapping[str, Any] = {}
+    constants: Mapping[str, Any] = {}
+
+
+class Cost(NamedTuple):
+    """Floating-point operations and bytes of device memory traffic of one forward pass."""
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """One way to compute or approximate softmax attention.
+
+    A subclass writes `attend` for plain softmax(q.k): `api` has already checked the arguments, folded
+    beta = scale / temperature into the query, grouped the heads, and emptied the slots that nothing sees.
+
+    The `inputs` argument of the hooks is an `attention.inputs.Inputs`; arrays are laid out heads first:
+    queries `B K G T H` in float32 (float64 for float64 inputs), keys `B K S H`, values `B K S E`.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init_subclass__(cls, *, register: bool = True, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if register:
+            METHODS.add(cls)
+
+    @abc.abstractmethod
+    def attend(self, inputs: Any) -> Float[Array, "B K G T E"]:
+        """The output, in the dtype of `inputs.query`; zero in rows that see no key."""
+
+    def attend_with_residual(self, inputs: Any) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
+        """The output and log(sum(exp(logits))) of each row, -inf in rows that see no key."""
+        raise UnsupportedError(f"{type(self).__name__} does not compute the softmax normaliser: {capable('residual')}")
+
+    def certify(self, inputs: Any) -> tuple[Float[Array, "B K G T E"], Certificate | None]:
+        """The output with its certificate (arrays of shape `B K G T`), or None where no bound is known."""
+        return self.attend(inputs), None
+
+    def init(self, rng: Array | None, *, num_heads: int, head_dim: int) -> Params:
+        """Trained parameters and drawn constants for `params=`; empty for a method that has neither."""
+        del rng, num_heads, head_dim
+        return Params()
+
+    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> Any:
+        """The decoding state before the first token."""
+        raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
+
+    def extend(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> tuple[Any, Array]:
+        """Appends T >= 1 tokens (`B T N H`, `B T K H`) and returns the new state and their causal output.
+
+        Any split of a sequence into calls gives what the whole sequence gives. Takes `scale`,
+        `temperature`, `logits_soft_cap`, `local_window_size`, `params` and `rng` as
+        `attention.dot_product_attention` does.
+        """
+        raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
+
+    def exact_limit(self, length: int) -> Self | None:
+        """This method with its budget raised until it equals softmax attention at `length`, or None."""
+        return self if self.capabilities.exact else None
+
+    @abc.abstractmethod
+    def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
+        """Operations and bytes of a forward pass over one batch element in float32."""
+
+
+class _Registry(Mapping[str, type[Method]]):
+    """Command-line names to method classes; loads the `attention.methods` entry points when first read."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type[Method]] = {}
+        self._loaded = False
+
+    def add(self, cls: type[Method]) -> None:
+        name = cls.__name__.lower()
+        known = self._classes.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"method name {name!r}: {cls.__module__}.{cls.__qualname__} would replace "
+                f"{known.__module__}.{known.__qualname__}; rename one of the classes"
+            )
+        self._classes[name] = cls
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True  # before loading: a plugin that reads METHODS while it is imported must not recurse
+        for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+            try:
+                entry.load()
+            except Exception as error:  # a broken plugin must not take the library down with it
+                warnings.warn(f"entry point {entry.name!r} ({entry.value}) failed to load: {error!r}", stacklevel=3)
+
+    def __getitem__(self, name: str) -> type[Method]:
+        self._load()
+        if name not in self._classes:
+            raise KeyError(unknown("method", name, self._classes))
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._classes)
+
+
+METHODS = _Registry()
+
+
+def make_method(name: str, **fields: Any) -> Method:
+    """The method called `name` on the command line, with `fields` set.
+
+    Raises:
+        ValueError: the name or a field is unknown; the message gives the nearest one.
+    """
+    if name not in METHODS:
+        raise ValueError(unknown("method", name, METHODS))
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    for field in fields:
+        if field not in known:
+            raise ValueError(unknown(f"field of {METHODS[name].__name__}", field, known))
+    return METHODS[name](**fields)
+
+
+def parse_method(expression: str) -> Method:
+    """The method that prints as `expression`, such as `TopK(k=16)`; a name alone has its defaults.
+
+    Raises:
+        ValueError: the name or a field is unknown, or this is no such expression. Nothing is evaluated.
+    """
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(func=tree, args=[], keywords=[])
+        if not isinstance(call.func, ast.Name) or call.args or any(word.arg is None for word in call.keywords):
+            raise ValueError(f"{expression!r} is not a name with keyword arguments")
+        fields = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"method is {expression!r}: expected a name, or an expression like TopK(k=16)") from error
+    return make_method(call.func.id.lower(), **fields)
+
+
+def capable(capability: str) -> str:
+    """Names the methods that have a capability, for the end of an error message."""
+    names = [cls.__name__ for cls in METHODS.values() if getattr(cls.capabilities, capability)]
+    return f"methods that can: {', '.join(names) or 'none'}"
+
+
+def unknown(kind: str, name: str, known: Any) -> str:
+    """The message for a name that does not exist, with the nearest one that does."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(known))}"
+
+
+def check_positive(method: Method, *fields: str) -> None:
+    """Raises ValueError unless each named field of `method` is a positive integer (None is let through)."""
+    for field in fields:
+        number = getattr(method, field)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number <= 0):
+            raise ValueError(f"{type(method).__name__}.{field} is {number!r}: expected an integer of at least 1")

@@ -1,0 +1,1 @@
+"""Experiments on attention, run from a checkout: training, sweeps, benchmarks and their reports."""
