@@ -193,7 +193,7 @@ def refuse_unsupported(method: Method, inputs: Inputs) -> None:
         )
 
 
-def _offset(mask: Mask, alignment: str) -> Int[Array, "b"] | None:
+def _offset(mask: Mask, alignment: str) -> Int[Array, " b"] | None:
     if alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment is {alignment!r}: expected 'top_left' or 'bottom_right'")
     if alignment == "top_left" or not (mask.causal or mask.window):

@@ -136,17 +136,29 @@ class Method(abc.ABC):
         """The decoding state before the first token."""
         raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
 
-    def extend(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> tuple[Any, Array]:
+    def extend(
+        self,
+        state: Any,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        scale: Any = None,
+        temperature: Any = 1.0,
+        logits_soft_cap: Any = None,
+        local_window_size: Any = None,
+        params: Any = None,
+        rng: Any = None,
+    ) -> tuple[Any, Array]:
         """Appends T >= 1 tokens (`B T N H`, `B T K H`) and returns the new state and their causal output.
 
-        Any split of a sequence into calls gives what the whole sequence gives. Takes `scale`,
-        `temperature`, `logits_soft_cap`, `local_window_size`, `params` and `rng` as
-        `attention.dot_product_attention` does.
+        Any split of a sequence into calls gives what the whole sequence gives. The options are those of
+        `attention.dot_product_attention`.
         """
         raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
 
     def exact_limit(self, length: int) -> Self | None:
-        """This method with its budget raised until it equals softmax attention at `length`, or None."""
+        """The method with its budget raised until it equals softmax attention at `length`, or None."""
         return self if self.capabilities.exact else None
 
     @abc.abstractmethod
