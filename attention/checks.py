@@ -77,10 +77,9 @@ def grouped_table(name: str, table, dtype, shape, K: int) -> Bool[Array, "..."] 
     if table is None:
         return None
     table = jnp.asarray(table)
-    if (dtype is not None and table.dtype != dtype) or (
-        dtype is None and not jnp.issubdtype(table.dtype, jnp.floating)
-    ):
-        expected = "bool (an additive mask goes to bias=)" if dtype is not None else "a floating dtype"
+    boolean = dtype is not None
+    if not (table.dtype == dtype if boolean else jnp.issubdtype(table.dtype, jnp.floating)):
+        expected = "bool (an additive mask goes to bias=)" if boolean else "a floating dtype"
         raise TypeError(f"{name} has dtype {table.dtype}: expected {expected}")
     full = (1,) * (4 - table.ndim) + table.shape
     if len(full) != 4 or any(size not in (1, axis) for size, axis in zip(full, shape, strict=True)):
