@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from attention.inputs import emptied, prepare, ungrouped
 from attention.masks import Mask
-from attention.method import Method
+from attention.method import Method, compiled
 
 
 @jax.tree_util.register_dataclass
@@ -98,4 +98,4 @@ class Cached(Method, register=False):
             key_lengths=longer.length[None],
         )
         whole = emptied(dataclasses.replace(new, key=longer.key, value=longer.value, mask=mask))
-        return longer, ungrouped(self.attend(whole), query).astype(query.dtype)
+        return longer, ungrouped(compiled(whole, method=self, hook="attend"), query).astype(query.dtype)
