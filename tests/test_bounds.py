@@ -1,5 +1,7 @@
 """The rounding bound over drawn cases: no violation, and how near the worst case comes."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ def worst_ratio(cases: int) -> float:
         T, S = ((13, 13), (5, 64), (64, 1))[seed % 3]
         dtype = (jnp.float32, jnp.bfloat16, jnp.float16)[seed % 5 % 3]
         case = draw(seed, B=4, T=T, S=S).astype(dtype)
-        options = {
+        options: dict[str, Any] = {
             "temperature": jnp.float32(10 ** rng.uniform(-2, 2)),
             "key_value_seq_lengths": rng.integers(0, S + 1, 4),
             "is_causal": bool(seed % 2),
