@@ -117,6 +117,8 @@ def prepare(
         ValueError: a shape or a range is wrong; the message names the argument and what was expected.
         UnsupportedError: `method` cannot honour an argument; the message names the methods that can.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method is {method!r}: expected an object like Exact(); attention.parse_method reads a name")
     query, key, value = checked_operands(query, key, value)
     B, T, N, H = query.shape
     S, K = key.shape[1:3]

@@ -1,5 +1,7 @@
 """From raw scores to logits: beta = scale / temperature, and the soft cap."""
 
+import numbers
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -22,15 +24,16 @@ def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dt
         beta, of shape `()` or `(N,)`.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: a concrete argument has another shape, a temperature is 0, negative or NaN, a scale is
             not finite, or beta overflows. Traced arguments are checked under `jax.experimental.checkify`.
     """
     scale = 1.0 / np.sqrt(head_dim) if scale is None else scale
     for name, number in (("scale", scale), ("temperature", temperature)):
+        if not isinstance(number, numbers.Real | np.ndarray | Array):
+            raise TypeError(f"{name} is {number!r}: expected a number, or an array with one a head")
         if jnp.shape(number) not in ((), (num_heads,)):
             raise ValueError(f"{name} has shape {jnp.shape(number)}: expected () or one number a head, ({num_heads},)")
-        if not jnp.issubdtype(jnp.result_type(number), jnp.number):
-            raise ValueError(f"{name} has dtype {jnp.result_type(number)}: expected a real number")
     _check_ranges(scale, temperature, dtype)
     scale, temperature = jnp.asarray(scale, dtype), jnp.asarray(temperature, dtype)
     if scale.ndim != temperature.ndim:

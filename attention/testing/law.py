@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import jax
 import numpy as np
@@ -21,18 +21,20 @@ def law(*needs: str, float64: bool = False):
     """Registers a check as a law for methods with the capabilities `needs`; `float64` runs it under x64."""
 
     def register(check: Callable[[Method], None]) -> Callable[[Method], None]:
+        name = getattr(check, "__name__", repr(check))
+
         @functools.wraps(check)
         def named(method: Method) -> None:
             try:
                 with jax.enable_x64(float64):
                     check(method)
             except Violation as violation:
-                raise Violation(f"{check.__name__}: {method!r}: {violation}") from None
+                raise Violation(f"{name}: {method!r}: {violation}") from None
             except Exception as error:
-                raise Violation(f"{check.__name__}: {method!r} raised {error!r}") from error
+                raise Violation(f"{name}: {method!r} raised {error!r}") from error
 
-        LAWS[check.__name__] = named
-        _NEEDS[check.__name__] = needs
+        LAWS[name] = named
+        _NEEDS[name] = needs
         return named
 
     return register
@@ -47,7 +49,7 @@ _compilations: list[list[str]] = []
 
 
 @contextlib.contextmanager
-def counted_compilations() -> Iterator[list[str]]:
+def counted_compilations() -> Generator[list[str]]:
     """Collects one entry for each program that XLA compiles, or takes from its cache on disk, in the block."""
     if not _compilations:
         _compilations.append([])  # the listener's own; it cannot be unregistered, so there is one for good
@@ -59,7 +61,7 @@ def counted_compilations() -> Iterator[list[str]]:
         _compilations.pop()
 
 
-def _note_compilation(event: str, duration: float, **kwargs) -> None:
+def _note_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event.endswith("backend_compile_duration"):
         _compilations[-1].append(event)
 

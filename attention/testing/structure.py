@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def grouped_heads_equal_repeated_heads(method: Method) -> None:
 @law()
 def refuses_what_it_cannot_do(method: Method) -> None:
     query, key, value = draw(9).astype(jnp.float32)
-    asked = {
+    asked: dict[str, dict[str, Any]] = {
         "causal": {"is_causal": True},
         "window": {"local_window_size": 2},
         "lengths": {"key_value_seq_lengths": jnp.array([3, 13])},
