@@ -19,8 +19,8 @@ from experiments import files
 from experiments.config import Optimizer, Run
 from experiments.data import training_batches
 from experiments.files import append_json_lines, read_json_lines
-from experiments.log import NonFiniteError
-from experiments.metrics import named_leaves
+from experiments.log import NonFiniteError, Pending
+from experiments.metrics import first_nonfinite, named_leaves
 from experiments.optimizer import descent, unit_schedule
 from experiments.train import levers, main, make_evaluate, make_init, make_step, train
 
@@ -256,16 +256,39 @@ def test_a_run_that_cannot_be_is_refused_before_a_file_is_written(tiny, fields, 
     assert not run.folder.exists()
 
 
-def test_a_number_that_stops_being_finite_stops_the_run_by_name(tiny):
-    # The rate rises by a third of 1e39 a step: parameters overflow at the first one already.
-    run = tiny(optimizer={"learning_rate": 3e38, "warmup_steps": 20})
-    with pytest.raises(
-        NonFiniteError, match=r"step \d+: (loss|parameter \S+|gradient of \S+|gradient norm) is not finite"
-    ):
+def test_a_number_that_stops_being_finite_stops_the_run_by_name_before_it_is_saved(tiny):
+    # After a step of 1e30 / 3 the parameters are finite and their squares are not.
+    run = tiny(optimizer={"learning_rate": 1e30}, checkpoint_every=1)
+    with pytest.raises(NonFiniteError, match=r"step 2: (loss|gradient norm|(parameter|gradient of) \S+) is") as caught:
         train(run)
-    records = read_json_lines(run.folder / run.name / "metrics.jsonl")
-    assert all(np.isfinite(list(r.values())).all() for r in records if "loss" in r)
-    assert not (run.folder / run.name / "result.json").exists()
+    folder = run.folder / run.name
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["1"]
+    assert [record["step"] for record in read_json_lines(folder / "metrics.jsonl")] == [1]
+    assert not (folder / "result.json").exists()
+    with pytest.raises(NonFiniteError) as again:  # from the checkpoint: the same step, the same tensor
+        train(run)
+    assert str(again.value) == str(caught.value)
+
+
+def test_the_tensor_that_overflows_first_is_named(tiny):
+    """Each kind of tensor in its turn, on the function that finds it."""
+    tensors = {
+        "loss": jnp.ones(()),
+        "gradient of a": jnp.ones(3),
+        "gradient norm": jnp.ones(()),
+        "parameter a": jnp.ones(3),
+    }
+    assert int(first_nonfinite(tensors)) == -1
+    for index, name in enumerate(tensors):
+        for bad in (jnp.nan, jnp.inf, -jnp.inf):
+            broken = {
+                n: x.at[..., -1:].set(bad) if x.ndim else jnp.asarray(bad) for n, x in tensors.items() if n == name
+            }
+            assert int(first_nonfinite({**tensors, **broken})) == index
+    with pytest.raises(NonFiniteError, match="step 3: gradient of a is not finite"):
+        pending = Pending(list(tensors))
+        pending.add(3, {"loss": 1.0, "nonfinite": 1})
+        pending.fetch()
 
 
 def full_after(count):
