@@ -49,6 +49,14 @@ class Performer(Linear):
         super().__post_init__()
         check_positive(self, "features")
 
+    @classmethod
+    def examples(cls) -> "tuple[Performer, ...]":
+        return cls(features=24, chunk=5), cls(features=16, orthogonal=False)
+
+    def ladder(self, length: int) -> "tuple[Performer, ...]":
+        del length
+        return tuple(dataclasses.replace(self, features=features) for features in (16, 128, 1024))
+
     def num_features(self, head_dim: int) -> int:
         del head_dim
         return self.features
