@@ -4,7 +4,9 @@ The import line of a method is its registration.
 """
 
 from attention.api import attention_steps, certified_attention, dot_product_attention
+from attention.chunked import Chunked
 from attention.exact import AttentionSteps, Exact
+from attention.linear import Performer
 from attention.method import (
     METHODS,
     Capabilities,
@@ -16,16 +18,20 @@ from attention.method import (
     make_method,
     parse_method,
 )
+from attention.sparse import TopK
 
 __all__ = [
     "METHODS",
     "AttentionSteps",
     "Capabilities",
     "Certificate",
+    "Chunked",
     "Cost",
     "Exact",
     "Method",
     "Params",
+    "Performer",
+    "TopK",
     "UnsupportedError",
     "attention_steps",
     "certified_attention",
