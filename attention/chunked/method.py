@@ -75,4 +75,6 @@ class Chunked(Cached):
 
     @classmethod
     def examples(cls) -> "tuple[Chunked, ...]":
-        return (cls(), cls(query_chunk=5, key_chunk=3))  # one tile; tiles that fit neither 13 nor 16 tokens
+        return (
+            cls(query_chunk=5, key_chunk=3),
+        )  # several tiles at 13 keys, the last of each moved back  # one tile; tiles that fit neither 13 nor 16 tokens
