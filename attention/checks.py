@@ -1,6 +1,7 @@
 """Checks of shapes, dtypes and ranges; every message names the argument, its value and what was expected."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -35,7 +36,7 @@ def checked_lengths(name: str, lengths, B: int, limit: int) -> Int[Array, " B"] 
         raise ValueError(
             f"{name} has shape {jnp.shape(lengths)} and dtype {jnp.result_type(lengths)}: expected ({B},) integers"
         )
-    if not isinstance(lengths, Tracer) and not all(0 <= n <= limit for n in jnp.asarray(lengths).tolist()):
+    if not isinstance(lengths, Tracer) and not all(0 <= n <= limit for n in np.asarray(lengths).tolist()):
         raise ValueError(f"{name} is {lengths}: expected lengths from 0 to {limit}")
     return jnp.asarray(lengths)
 
