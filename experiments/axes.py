@@ -48,8 +48,8 @@ def product(*parts: Axes, **axes: Iterable[Any]) -> Axes:
         >>> len(product(zipped(scale=[0.1, 0.2], temperature=[1.0, 2.0]), seed=[0, 1, 2]).points)
         6
     """
-    parts = _disjoint(parts, axes)
-    return Axes(tuple(_merged(chosen) for chosen in itertools.product(*(part.points for part in parts))))
+    joined = _disjoint(parts, axes)
+    return Axes(tuple(_merged(chosen) for chosen in itertools.product(*(part.points for part in joined))))
 
 
 def zipped(*parts: Axes, **axes: Iterable[Any]) -> Axes:
@@ -58,11 +58,11 @@ def zipped(*parts: Axes, **axes: Iterable[Any]) -> Axes:
     Raises:
         ValueError: the parts have different lengths.
     """
-    parts = _disjoint(parts, axes)
-    lengths = {", ".join(part.names): len(part.points) for part in parts}
+    joined = _disjoint(parts, axes)
+    lengths = {", ".join(part.names): len(part.points) for part in joined}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"zipped axes have different lengths: {lengths}")
-    return Axes(tuple(_merged(chosen) for chosen in zip(*(part.points for part in parts), strict=True)))
+    return Axes(tuple(_merged(chosen) for chosen in zip(*(part.points for part in joined), strict=True)))
 
 
 def parse_axis(text: str) -> Axes:

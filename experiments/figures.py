@@ -1,0 +1,153 @@
+"""The figures of a sweep, each a function from its results to a matplotlib figure; its docstring is the caption."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from experiments.drawing import COLOURS, INK, MARKERS, beta_axis, beta_colours, panels, power, wrapped
+from experiments.summary import Results, by_beta, cells, final, grouped, labels, points_of
+
+def loss_over_scale_and_temperature(results: Results) -> Figure:
+    """Validation loss (nats a byte) after the last step: scale down, temperature across, one panel a method. \
+Cells on a rising diagonal share beta = scale / temperature."""
+    found = {key: cells(results, key) for key in labels(results)}
+    losses = [loss.mean for grid in found.values() for loss in grid.values() if not math.isnan(loss.mean)] or [0.0]
+    colours = ScalarMappable(Normalize(min(losses), max(losses)), mpl.colormaps["cividis"])
+    figure, grid = panels(len(found))
+    for axes, (key, losses_of) in zip(grid, found.items(), strict=True):
+        _heat_map(axes, losses_of, colours)
+        axes.set_title(wrapped(labels(results)[key]))
+    figure.colorbar(colours, ax=grid, label="validation loss (nats / byte)", shrink=0.85)
+    return figure
+
+
+def _heat_map(axes: Axes, losses: dict[tuple[float, float], Any], colours: ScalarMappable) -> None:
+    scales = sorted({scale for scale, _ in losses}, reverse=True)
+    temperatures = sorted({temperature for _, temperature in losses})
+    table = np.full((len(scales), len(temperatures)), np.nan)
+    for (scale, temperature), loss in losses.items():
+        table[scales.index(scale), temperatures.index(temperature)] = loss.mean
+    axes.imshow(table, cmap=colours.get_cmap(), norm=colours.norm, aspect="auto")
+    for (row, column), number in np.ndenumerate(table):
+        if (scales[row], temperatures[column]) in losses:
+            red, green, blue, _ = colours.to_rgba(number)
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 and not math.isnan(number)
+            text = "diverged" if math.isnan(number) else f"{number:.3f}"
+            axes.text(column, row, text, ha="center", va="center", color="#ffffff" if dark else "#000000", fontsize=9)
+    axes.set_xticks(range(len(temperatures)), [power(x) for x in temperatures])
+    axes.set_yticks(range(len(scales)), [power(x) for x in scales])
+    axes.set_xlabel("temperature")
+    axes.set_ylabel("scale")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def loss_over_beta(results: Results) -> Figure:
+    """Validation loss after the last step against beta = scale / temperature, the one number that plain softmax \
+knows of either. Bars span the seeds."""
+    figure = Figure()
+    axes = figure.subplots()
+    betas: list[float] = []
+    for index, (key, label) in enumerate(labels(results).items()):
+        losses = by_beta(results, key)
+        shown = sorted(beta for beta in losses if beta > 0)
+        means = [losses[beta].mean for beta in shown]
+        reach = [[losses[b].mean - losses[b].low for b in shown], [losses[b].high - losses[b].mean for b in shown]]
+        # Methods that coincide would hide each other: earlier ones are drawn larger, later ones on top of them.
+        size = 9 - 4 * index / max(len(labels(results)) - 1, 1)
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": size}
+        axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, linewidth=1 + size / 6, **style)
+        betas += shown
+    beta_axis(axes, betas)
+    axes.set_ylabel("validation loss (nats / byte)")
+    axes.legend()
+    return figure
+
+
+def learning_curves(results: Results) -> Figure:
+    """Validation loss during training, one line a point, coloured by beta. Dashed: the entropy of single bytes, \
+what a model that ignores the context reaches."""
+    colours, norm = beta_colours(results)
+    figure, grid = panels(len(labels(results)), sharey=True)
+    for axes, (key, label) in zip(grid, labels(results).items(), strict=True):
+        for point in points_of(results, key):
+            steps = [evaluation["step"] for evaluation in point["evaluations"]]
+            losses = [math.nan if x["loss"] is None else x["loss"] for x in point["evaluations"]]
+            colour = colours(norm(math.log2(point["beta"]))) if point["beta"] > 0 else INK
+            axes.plot(steps, losses, color=colour, marker=".", linewidth=1.2)
+        unigram = results["programs"][key]["corpus"].get("unigram_entropy")
+        if unigram is not None:
+            axes.axhline(unigram, linestyle="--", linewidth=1, color=INK)
+        axes.set_title(wrapped(label))
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25, color="#888888")
+    grid[0].set_ylabel("validation loss (nats / byte)")
+    ticks = FuncFormatter(lambda exponent, _: power(2.0**exponent))
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, shrink=0.85, format=ticks)
+    bar.set_ticks(sorted({math.log2(point["beta"]) for point in results["points"] if point["beta"] > 0}))
+    bar.set_label(r"$\beta$ = scale / temperature")
+    return figure
+
+
+def entropy_over_beta(results: Results) -> Figure:
+    """Entropy of softmax attention in each head after training, mean over queries (nats), one line a head. Dotted: \
+attention spread evenly over the visible keys."""
+    figure, grid = panels(len(labels(results)), sharey=True)
+    layers = 0
+    for axes, (key, label) in zip(grid, labels(results).items(), strict=True):
+        groups = grouped(points_of(results, key), lambda point: point["beta"])
+        shown = [beta for beta in sorted(groups) if beta > 0 and not any(math.isnan(final(p)) for p in groups[beta])]
+        if shown:
+            heads = np.array(
+                [np.mean([p["evaluations"][-1]["entropy"] for p in groups[beta]], axis=0) for beta in shown]
+            )
+            layers = max(layers, heads.shape[1])
+            for layer in range(heads.shape[1]):
+                style = {"color": COLOURS[layer % len(COLOURS)], "marker": MARKERS[layer % len(MARKERS)]}
+                axes.plot(shown, heads[:, layer], markersize=4, linewidth=1.1, alpha=0.85, **style)
+        context = results["programs"][key]["config"]["model"]["context"]
+        axes.axhline(np.mean(np.log(np.arange(1, context + 1))), linestyle=":", linewidth=1.2, color=INK)
+        axes.set_title(wrapped(label))
+        beta_axis(axes, list(groups))
+    grid[0].set_ylabel("entropy (nats)")
+    keys = [Line2D([], [], color=COLOURS[i % 6], marker=MARKERS[i % 10], label=f"layer {i}") for i in range(layers)]
+    grid[0].legend(handles=keys, fontsize=8)
+    return figure
+
+
+def costs(results: Results) -> Figure:
+    """Time a step (median of the points, dots: each point), time to compile, and temporary memory of a training \
+step."""
+    figure, grid = panels(3, width=3.3, height=0.9 + 0.32 * len(labels(results)), sharey=True)
+    names = [label.replace("\n", " ") for label in labels(results).values()]
+    for row, (key, program) in enumerate(results["programs"].items()):
+        colour = COLOURS[row % len(COLOURS)]
+        steps = [1e3 * p["timings"]["seconds_per_step"] for p in points_of(results, key)]
+        grid[0].barh(row, np.median(steps) if steps else 0.0, color=colour, alpha=0.85)
+        grid[0].plot(steps, [row] * len(steps), linestyle="", marker="|", color=INK, markersize=6)
+        grid[1].barh(row, program["timings"]["compile_seconds"], color=colour, alpha=0.85)
+        grid[2].barh(row, program["memory"]["temporary_bytes"] / 2**20, color=colour, alpha=0.85)
+    for axes, unit in zip(grid, ("time per step (ms)", "compile time (s)", "temporary memory (MiB)"), strict=True):
+        axes.set_xlabel(unit)
+        axes.grid(axis="x", alpha=0.25, color="#888888")
+    grid[0].set_yticks(range(len(names)), [wrapped(name) for name in names])
+    grid[0].invert_yaxis()
+    return figure
+
+
+FIGURES: dict[str, Callable[[Results], Figure]] = {
+    "loss": loss_over_scale_and_temperature,
+    "loss_over_beta": loss_over_beta,
+    "learning_curves": learning_curves,
+    "entropy": entropy_over_beta,
+    "costs": costs,
+}
