@@ -1,14 +1,20 @@
 """What a run is made of. Every field is an option of the command line, and its comment is the help."""
 
 import dataclasses
+import math
+import re
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
+
+import tyro
 
 import attention
 from attention.method import METHODS
 
-# Every registered method, a stranger's too, is a choice on the command line.
-AnyMethod = Union[tuple(METHODS.values())]  # noqa: UP007 (built at run time)
+# Every registered method, a stranger's too, is a choice on the command line, by its registered name.
+AnyMethod = Union[  # noqa: UP007 (built at run time)
+    tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in METHODS.items())
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class Optimizer:
     learning_rate: float = 3e-3
     """Peak learning rate; traced, so that a sweep over it compiles once."""
     warmup_steps: int = 20
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; fewer than `steps`."""
     final_share: float = 0.1
     """Learning rate at the last step, as a share of the peak."""
     weight_decay: float = 0.1
@@ -66,7 +72,7 @@ class Optimizer:
     clip_norm: float = 1.0
     """Largest global norm of a gradient."""
     accumulate: int = 1
-    """Micro-batches whose gradients are averaged into one step."""
+    """Micro-batches into which a batch is split, to save memory; their gradients are averaged. Divides `batch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,72 @@ class Run:
     model: Model = Model()
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
+
+
+def layer_methods(run: Run) -> tuple[attention.Method, ...]:
+    """The attention method of each layer.
+
+    Raises:
+        ValueError: `layer_methods` is not one a layer, or names an unknown method or field.
+    """
+    expressions = run.model.layer_methods
+    if not expressions:
+        return (run.attention,) * run.model.layers
+    if len(expressions) != run.model.layers:
+        raise ValueError(
+            f"layer_methods has {len(expressions)} methods: expected one for each of {run.model.layers} layers"
+        )
+    return tuple(attention.parse_method(expression) for expression in expressions)
+
+
+def check_run(run: Run) -> None:
+    """Raises ValueError for the first field that no run can have, naming it, its value and what was expected."""
+    model, data, optimizer = run.model, run.data, run.optimizer
+    whole = {
+        **{f"model.{name}": getattr(model, name) for name in _SIZES},
+        "data.batch": data.batch,
+        "optimizer.accumulate": optimizer.accumulate,
+        **{name: getattr(run, name) for name in ("steps", "evaluate_every", "evaluate_batches", "checkpoint_every")},
+    }
+    for name, number in whole.items():
+        _expect(number >= 1, name, number, "an integer of at least 1")
+    _expect(model.width % model.heads == 0, "model.width", model.width, f"a multiple of heads = {model.heads}")
+    _expect(model.heads % model.kv_heads == 0, "model.heads", model.heads, f"a multiple of kv_heads = {model.kv_heads}")
+    even = {"rotary": model.width // model.heads, "sinusoidal": model.width}.get(model.positions, 0)
+    _expect(even % 2 == 0, "model.width", model.width, f"an even size for {model.positions} positions, not {even}")
+    _expect(data.batch % optimizer.accumulate == 0, "data.batch", data.batch, f"a multiple of {optimizer.accumulate=}")
+    _expect(0 < data.validation_share < 1, "data.validation_share", data.validation_share, "a share between 0 and 1")
+    _expect(0 <= run.seed < 2**32, "seed", run.seed, "an integer from 0 to 2**32 - 1")
+    _expect(run.temperature > 0, "temperature", run.temperature, "a number greater than 0")
+    _expect(run.scale is None or math.isfinite(run.scale), "scale", run.scale, "a finite number")
+    _check_optimizer(optimizer, run.steps)
+    layer_methods(run)
+
+
+_SIZES = ("layers", "width", "heads", "kv_heads", "mlp_width", "context")
+
+
+def _check_optimizer(optimizer: Optimizer, steps: int) -> None:
+    rate, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    _expect(0 <= rate < math.inf, "optimizer.learning_rate", rate, "a finite number of at least 0")
+    _expect(0 <= warmup < steps, "optimizer.warmup_steps", warmup, f"from 0 to below {steps = }")
+    _expect(0 <= optimizer.final_share <= 1, "optimizer.final_share", optimizer.final_share, "a share from 0 to 1")
+    _expect(0 <= optimizer.weight_decay < math.inf, "optimizer.weight_decay", optimizer.weight_decay, "at least 0")
+    _expect(optimizer.clip_norm > 0, "optimizer.clip_norm", optimizer.clip_norm, "a number greater than 0")
+    for name in ("b1", "b2"):
+        decay = getattr(optimizer, name)
+        _expect(0 <= decay < 1, f"optimizer.{name}", decay, "from 0 to below 1")
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is safe as the name of a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or ".." in name or name == ".":
+        raise ValueError(f"name is {name!r}: expected letters, digits, '.', '_' and '-', without '..'")
+
+
+def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:  # written so that a NaN, for which nothing holds, is refused
+        raise ValueError(f"{name} is {value!r}: expected {expected}")
 
 
 def to_dict(config: Any) -> Any:
