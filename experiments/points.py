@@ -4,14 +4,69 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import attention
-from experiments.config import Run, to_dict
+from experiments.axes import Axes
+from experiments.config import Run, check_run, to_dict
 from experiments.paths import UNSWEPT, look_up, replaced
 
 TRACED = ("scale", "temperature", "optimizer.learning_rate", "seed")
 """Axes whose values a compiled step takes as arguments: they never cost another compilation."""
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    id: str
+    axes: Mapping[str, Any]
+    run: Run
+
+
+def planned(base: Run, axes: Axes) -> list[Point]:
+    """The points of a sweep, checked.
+
+    Raises:
+        ValueError: a point sets a field that its configuration lacks, or is no run that could be trained, or
+            two of them are the same run; the message names the point.
+    """
+    points: dict[str, Point] = {}
+    for chosen in axes.points:
+        try:
+            run = applied(base, chosen)
+            check_run(run)
+        except ValueError as error:
+            raise ValueError(f"point {to_dict_of(chosen)}: {error}") from error
+        name = point_id(run, chosen)
+        if name in points:
+            raise ValueError(f"points {to_dict_of(points[name].axes)} and {to_dict_of(chosen)} are the same run")
+        points[name] = Point(name, chosen, run)
+    return list(points.values())
+
+
+def by_program(points: list[Point]) -> dict[Run, list[Point]]:
+    """The points by what they compile to, in the order in which the programs first appear."""
+    groups: dict[Run, list[Point]] = {}
+    for point in points:
+        groups.setdefault(static_part(point.run), []).append(point)
+    return groups
+
+
+def program_id(static: Run) -> str:
+    """A name for a program: its method, and a hash of everything that it depends on."""
+    return point_id(static, {"attention": static.attention})
+
+
+def program_label(static: Run, axes: Axes) -> str:
+    """The method, and the values of the other static axes of the sweep."""
+    others = [name for name in axes.names if name != "attention" and name not in TRACED]
+    values = [f"{name}={to_dict(look_up(static, name))}" for name in others if not name.startswith("attention.")]
+    return ", ".join([repr(static.attention), *values])
+
+
+def to_dict_of(point: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes of a point as plain JSON values."""
+    return {name: to_dict(value) for name, value in point.items()}
 
 
 def applied(run: Run, point: Mapping[str, Any]) -> Run:
