@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 from experiments.drawing import COLOURS, INK, MARKERS, beta_axis, beta_colours, panels, power, wrapped
 from experiments.summary import Results, by_beta, cells, final, grouped, labels, points_of
 
+
 def loss_over_scale_and_temperature(results: Results) -> Figure:
     """Validation loss (nats a byte) after the last step: scale down, temperature across, one panel a method. \
 Cells on a rising diagonal share beta = scale / temperature."""
@@ -26,6 +27,8 @@ Cells on a rising diagonal share beta = scale / temperature."""
     for axes, (key, losses_of) in zip(grid, found.items(), strict=True):
         _heat_map(axes, losses_of, colours)
         axes.set_title(wrapped(labels(results)[key]))
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("scale")
     figure.colorbar(colours, ax=grid, label="validation loss (nats / byte)", shrink=0.85)
     return figure
 
@@ -46,7 +49,6 @@ def _heat_map(axes: Axes, losses: dict[tuple[float, float], Any], colours: Scala
     axes.set_xticks(range(len(temperatures)), [power(x) for x in temperatures])
     axes.set_yticks(range(len(scales)), [power(x) for x in scales])
     axes.set_xlabel("temperature")
-    axes.set_ylabel("scale")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
 
@@ -63,9 +65,9 @@ knows of either. Bars span the seeds."""
         means = [losses[beta].mean for beta in shown]
         reach = [[losses[b].mean - losses[b].low for b in shown], [losses[b].high - losses[b].mean for b in shown]]
         # Methods that coincide would hide each other: earlier ones are drawn larger, later ones on top of them.
-        size = 9 - 4 * index / max(len(labels(results)) - 1, 1)
+        size = 11 - 7 * index / max(len(labels(results)) - 1, 1)
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": size}
-        axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, linewidth=1 + size / 6, **style)
+        axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, linewidth=size / 2.5, capthick=1, **style)
         betas += shown
     beta_axis(axes, betas)
     axes.set_ylabel("validation loss (nats / byte)")
@@ -75,7 +77,7 @@ knows of either. Bars span the seeds."""
 
 def learning_curves(results: Results) -> Figure:
     """Validation loss during training, one line a point, coloured by beta. Dashed: the entropy of single bytes, \
-what a model that ignores the context reaches."""
+what a model that ignores the context reaches. The untrained model's loss is above the frame."""
     colours, norm = beta_colours(results)
     figure, grid = panels(len(labels(results)), sharey=True)
     for axes, (key, label) in zip(grid, labels(results).items(), strict=True):
@@ -91,11 +93,20 @@ what a model that ignores the context reaches."""
         axes.set_xlabel("step")
         axes.grid(alpha=0.25, color="#888888")
     grid[0].set_ylabel("validation loss (nats / byte)")
+    grid[0].set_ylim(top=_top_of_curves(results))
     ticks = FuncFormatter(lambda exponent, _: power(2.0**exponent))
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, shrink=0.85, format=ticks)
     bar.set_ticks(sorted({math.log2(point["beta"]) for point in results["points"] if point["beta"] > 0}))
     bar.set_label(r"$\beta$ = scale / temperature")
     return figure
+
+
+def _top_of_curves(results: Results) -> float | None:
+    """A little above all that follows the untrained model, so that its loss does not flatten the rest."""
+    later = [x["loss"] for point in results["points"] for x in point["evaluations"][1:] if x["loss"] is not None]
+    unigram = [program["corpus"].get("unigram_entropy", 0.0) for program in results["programs"].values()]
+    low, high = min(later, default=0.0), max([*later, *unigram], default=0.0)
+    return high + 0.08 * (high - low) if later else None
 
 
 def entropy_over_beta(results: Results) -> Figure:
@@ -107,9 +118,7 @@ attention spread evenly over the visible keys."""
         groups = grouped(points_of(results, key), lambda point: point["beta"])
         shown = [beta for beta in sorted(groups) if beta > 0 and not any(math.isnan(final(p)) for p in groups[beta])]
         if shown:
-            heads = np.array(
-                [np.mean([p["evaluations"][-1]["entropy"] for p in groups[beta]], axis=0) for beta in shown]
-            )
+            heads = np.array([np.mean([_last_entropy(p) for p in groups[beta]], axis=0) for beta in shown])
             layers = max(layers, heads.shape[1])
             for layer in range(heads.shape[1]):
                 style = {"color": COLOURS[layer % len(COLOURS)], "marker": MARKERS[layer % len(MARKERS)]}
@@ -122,6 +131,10 @@ attention spread evenly over the visible keys."""
     keys = [Line2D([], [], color=COLOURS[i % 6], marker=MARKERS[i % 10], label=f"layer {i}") for i in range(layers)]
     grid[0].legend(handles=keys, fontsize=8)
     return figure
+
+
+def _last_entropy(point: Any) -> np.ndarray:
+    return np.array(point["evaluations"][-1]["entropy"], np.float64)  # layers x heads; None becomes NaN
 
 
 def costs(results: Results) -> Figure:

@@ -8,7 +8,6 @@ writes `report.html`, which needs no other file, and `figures/*.svg` and `figure
 import dataclasses
 import json
 import math
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -20,23 +19,23 @@ from markupsafe import Markup
 
 from experiments.drawing import drawn, inlined
 from experiments.figures import FIGURES
-from experiments.files import write_atomically
-from experiments.summary import Results, final, points_of, summary_rows
-
-FORMAT = 1
-"""The version of results.json that this code reads and writes."""
+from experiments.files import write_bytes, write_text
+from experiments.store import FORMAT
+from experiments.summary import Results, point_row, points_of, summary_rows
 
 ALLOWANCE = 0.05
+"""How far above exact attention's loss, in nats a byte, still counts as keeping up."""
 
 
 def write_report(folder: Path, results: Results) -> Path:
     """Writes the figures and report.html into `folder`; returns the page's path."""
     files = {name: drawn(draw, results) for name, draw in FIGURES.items()}
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, kinds in files.items():
         for kind, content in kinds.items():
-            write_atomically(folder / "figures" / f"{name}.{kind}", content)
+            write_bytes(folder / "figures" / f"{name}.{kind}", content)
     page = folder / "report.html"
-    write_atomically(page, rendered(results, {name: kinds["svg"] for name, kinds in files.items()}, folder).encode())
+    write_text(page, rendered(results, {name: kinds["svg"] for name, kinds in files.items()}, folder))
     return page
 
 
@@ -55,7 +54,7 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
         rows=[row | {"within": _range(row), "bits": row["best"] / math.log(2)} for row in rows],
         figures=[_figure(name, svg) for name, svg in svgs.items()],
         programs=[_program(results, key) for key in results["programs"]],
-        points=[_point(results, point) for key in results["programs"] for point in points_of(results, key)],
+        points=[point_row(results, point) for key in results["programs"] for point in points_of(results, key)],
         facts=_facts(results),
     )
 
@@ -90,17 +89,6 @@ def _program(results: Results, key: str) -> dict[str, Any]:
     seconds = [point["timings"]["seconds_per_step"] for point in points]
     median = 1e3 * statistics.median(seconds) if seconds else math.nan
     return dict(results["programs"][key]) | {"points": len(points), "milliseconds": median}
-
-
-def _point(results: Results, point: Any) -> dict[str, Any]:
-    heads = [] if math.isnan(final(point)) else [h for layer in point["evaluations"][-1]["entropy"] for h in layer]
-    return dict(point) | {
-        "label": results["programs"][point["program"]]["label"],
-        "loss": final(point),
-        "bits": final(point, "bits_per_byte"),
-        "entropy": statistics.fmean(heads) if heads else math.nan,
-        "milliseconds": 1e3 * point["timings"]["seconds_per_step"],
-    }
 
 
 def _facts(results: Results) -> list[tuple[str, Any]]:

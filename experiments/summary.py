@@ -1,6 +1,7 @@
 """What the figures and tables of a sweep read: its results as curves, cells and gaps."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -103,3 +104,19 @@ def summary_rows(results: Results, allowance: float = 0.05) -> list[dict[str, An
             }
         )
     return rows
+
+
+def point_row(results: Results, point: Point) -> dict[str, Any]:
+    """A point with what the tables show of it."""
+    heads = (
+        []
+        if math.isnan(final(point))
+        else [h for layer in point["evaluations"][-1]["entropy"] for h in layer if h is not None]
+    )
+    return dict(point) | {
+        "label": results["programs"][point["program"]]["label"],
+        "loss": final(point),
+        "bits": final(point, "bits_per_byte"),
+        "entropy": statistics.fmean(heads) if heads else math.nan,
+        "milliseconds": 1e3 * point["timings"]["seconds_per_step"],
+    }

@@ -1,15 +1,7 @@
-import json
 import math
-import re
-
-import pytest
 
 from experiments import report
 from experiments.config import Run, to_dict
-from experiments.drawing import drawn
-from experiments.figures import FIGURES
-from experiments.files import write_json
-from experiments.summary import by_beta, cells, summary_rows
 
 LAYERS, HEADS, STEPS = 2, 2, (0, 10, 20)
 
@@ -45,9 +37,7 @@ def made_up_results(offsets=None, seeds=(0, 1)):
         }
         for scale in (0.25, 0.5):
             for temperature in (0.5, 1.0, 2.0):
-                results["points"] += [
-                    made_up_point(f"p{number}", offset, scale, temperature, seed) for seed in seeds
-                ]
+                results["points"] += [made_up_point(f"p{number}", offset, scale, temperature, seed) for seed in seeds]
     return results
 
 
