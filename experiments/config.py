@@ -13,7 +13,7 @@ from attention.method import METHODS
 
 # Every registered method, a stranger's too, is a choice on the command line, by its registered name.
 AnyMethod = Union[  # noqa: UP007 (built at run time)
-    tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in METHODS.items())
+    tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in METHODS.items())  # ty: ignore[invalid-type-form]
 ]
 
 

@@ -125,8 +125,8 @@ class _Windows:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.context
 
-    def __getitem__(self, i) -> dict[str, np.ndarray]:
-        start = int(i) * self.context
+    def __getitem__(self, index) -> dict[str, np.ndarray]:
+        start = int(index) * self.context
         return {"tokens": self.tokens[start : start + self.context + 1]}
 
     def __repr__(self) -> str:

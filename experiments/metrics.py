@@ -20,7 +20,7 @@ def bits_per_byte(nats: float) -> float:
     return nats / float(np.log(2))
 
 
-def attention_entropy(query, key, *, scale, temperature) -> Float[Array, "N"]:
+def attention_entropy(query, key, *, scale, temperature) -> Float[Array, " N"]:
     r"""Mean entropy of the causal softmax weights of each head, in nats.
 
     -sum_j p_ij log p_ij, averaged over the batch and the positions i. These are the weights of exact

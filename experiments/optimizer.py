@@ -1,6 +1,7 @@
 """AdamW whose peak learning rate is an argument, so that a sweep over it compiles once."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -38,4 +39,4 @@ def unit_schedule(config: Optimizer, steps: int, step: Int[Array, ""]) -> Float[
         decay_steps=steps,
         end_value=config.final_share,
     )
-    return schedule(step + 1)
+    return jnp.asarray(schedule(step + 1), jnp.float32)

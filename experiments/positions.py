@@ -6,12 +6,12 @@ from jaxtyping import Array, Float, Int
 BASE = 10_000.0
 
 
-def frequencies(size: int) -> Float[Array, "F"]:
+def frequencies(size: int) -> Float[Array, " F"]:
     """Size / 2 angular frequencies, from 1 down towards 1 / BASE by equal ratios."""
     return BASE ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
 
 
-def rotated(x: Float[Array, "B T N H"], positions: Int[Array, "T"]) -> Float[Array, "B T N H"]:
+def rotated(x: Float[Array, "B T N H"], positions: Int[Array, " T"]) -> Float[Array, "B T N H"]:
     """Rotates the pair (x_i, x_{i + H/2}) by position times frequency, so that q.k depends on distance alone.
 
     In float32, returned in the dtype of `x`; H must be even.
@@ -25,7 +25,7 @@ def rotated(x: Float[Array, "B T N H"], positions: Int[Array, "T"]) -> Float[Arr
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def sinusoids(positions: Int[Array, "T"], width: int) -> Float[Array, "T D"]:
+def sinusoids(positions: Int[Array, " T"], width: int) -> Float[Array, "T D"]:
     """Sin and cos of position times frequency, half the width each; the width must be even.
 
     References:

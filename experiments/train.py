@@ -1,5 +1,175 @@
-"""One training run."""
+"""Trains one language model: `python -m experiments.train --help`.
 
-from experiments.steps import Levers, TrainState, levers, make_evaluate, make_init, make_step
+A run lives in `<folder>/<name>/`: `config.json`, `metrics.jsonl`, `timings.jsonl`, `tensorboard/`,
+`checkpoints/`, and at the end `result.json`. Started again with the same options it goes on from its last
+checkpoint, and its metrics and parameters are bit for bit those of a run that never stopped.
 
-__all__ = ["Levers", "TrainState", "levers", "make_evaluate", "make_init", "make_step"]
+Exit codes: 0 finished, 1 a number stopped being finite or the disk is full, 2 a wrong option, 130 and 143
+stopped by SIGINT and SIGTERM with everything saved.
+"""
+
+import dataclasses
+import errno
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import grain
+import jax
+import tyro
+
+from experiments.checkpoint import Checkpoints
+from experiments.cli import exit_code, parse
+from experiments.config import Run, check_name, check_run
+from experiments.data import training_batches, validation_batches
+from experiments.files import is_disk_full, read_json_lines
+from experiments.folder import RunFolder, open_folder
+from experiments.log import Log, Pending, evaluation_record
+from experiments.progress import View
+from experiments.runtime import Interrupted, StopSignals, enable_compilation_cache
+from experiments.steps import (
+    Levers,
+    TrainState,
+    levers,
+    make_evaluate,
+    make_init,
+    make_step,
+    model_graph,
+    nonfinite_names,
+)
+
+Options = Annotated[Run, tyro.conf.arg(name="")]  # `--steps`, not `--run.steps`
+FETCH_EVERY = 16  # steps between waits for the device
+
+
+def train(run: Run, *, overwrite: bool = False, view: Callable[[str, int, int], View] = View) -> dict[str, Any]:
+    """Trains `run` in its folder, from its last checkpoint if it has one, and returns what `result.json` holds.
+
+    Args:
+        run: what to train.
+        overwrite: replace a run of the same name.
+        view: makes the progress view from the run's name, its steps, and the steps that are done.
+
+    Raises:
+        ValueError, FileNotFoundError: the configuration, the text or the name cannot be used; nothing is written.
+        NonFiniteError: a loss, gradient or parameter became NaN or Inf. The last checkpoint is from before.
+        Interrupted: SIGTERM or SIGINT; everything is saved.
+        OSError: the disk is full. The last checkpoint is intact.
+    """
+    check_run(run)
+    check_name(run.name)
+    batches, held_out = training_batches(run), validation_batches(run)
+    initial = jax.eval_shape(make_init(run), levers(run))
+    folder = open_folder(run, overwrite=overwrite)
+    if folder.result is not None:
+        return folder.result
+    try:
+        with StopSignals() as signals:
+            _run(run, folder, initial, batches, held_out, signals, view)
+            folder.finish(_result(run, folder, initial))
+    except Exception as error:
+        if is_disk_full(error):
+            advice = "the last checkpoint is intact: free some space and start again"
+            raise OSError(errno.ENOSPC, f"no space left while writing to {folder.path}; {advice}") from error
+        raise
+    return folder.result or {}
+
+
+def _run(run: Run, folder: RunFolder, initial, batches, held_out, signals: StopSignals, view) -> None:
+    messages: list[str] = []
+    checkpoints = Checkpoints(folder.checkpoints, messages.append)
+    state = checkpoints.restore(initial, batches)
+    start = 0 if state is None else int(state.step)
+    if state is None:
+        batches = training_batches(run)  # a checkpoint that failed half-way may have moved the iterator
+        state = jax.jit(make_init(run))(levers(run))
+    if start or messages:
+        messages.append(f"{folder.path}: goes on after step {start} of {run.steps}")
+    log = Log(folder, start)
+    try:
+        with view(run.name, run.steps, start) as shown:
+            for message in messages:
+                shown.tell(message)
+            _Session(run, batches, held_out, log, checkpoints, shown, signals).loop(state, start)
+    finally:
+        log.close()
+        checkpoints.close()
+
+
+@dataclasses.dataclass
+class _Session:
+    """The parts of a run at work, and the loop over its steps."""
+
+    run: Run
+    batches: grain.DatasetIterator
+    held_out: list[dict[str, Any]]
+    log: Log
+    checkpoints: Checkpoints
+    view: View
+    signals: StopSignals
+
+    def loop(self, state: TrainState, start: int) -> None:
+        run, constants = self.run, levers(self.run)
+        take_step = jax.jit(make_step(run), donate_argnums=0)
+        pending = Pending(nonfinite_names(run))
+        evaluate = jax.jit(make_evaluate(run))
+        for step in range(start + 1, run.steps + 1):
+            state, metrics = take_step(state, next(self.batches), constants)
+            pending.add(step, metrics)
+            stop = self.signals.received
+            last = step == run.steps
+            save_now = last or stop is not None or step % run.checkpoint_every == 0
+            evaluate_now = last or step % run.evaluate_every == 0
+            if save_now or evaluate_now or len(pending) >= FETCH_EVERY:
+                self._write(pending)
+            if evaluate_now:
+                self._evaluate(evaluate, step, state, constants)
+            if save_now:  # after the metrics of its step are on disk, none of them later than it
+                self.checkpoints.save(step, state, self.batches)
+            if stop is not None and not last:
+                message = f"stopped by signal {stop} after step {step} of {run.steps}, saved; start again to go on"
+                raise Interrupted(stop, message)
+
+    def _write(self, pending: Pending) -> None:
+        records = pending.fetch()
+        self.log.write(records)
+        self.view.step(records[-1]["step"], records[-1]["loss"])
+
+    def _evaluate(self, evaluate, step: int, state: TrainState, constants: Levers) -> None:
+        record = evaluation_record(step, [evaluate(state, batch, constants) for batch in self.held_out])
+        self.log.write([record])
+        loss, bits = record["validation_loss"], record["bits_per_byte"]
+        self.view.tell(f"step {step}: validation loss {loss:.4f} nats, {bits:.4f} bits per byte")
+
+
+def _result(run: Run, folder: RunFolder, initial: TrainState) -> dict[str, Any]:
+    records = read_json_lines(folder.metrics)
+    training = next(record for record in reversed(records) if "loss" in record)
+    evaluation = next(record for record in reversed(records) if "validation_loss" in record)
+    size = sum(leaf.size for leaf in jax.tree.leaves(initial.parameters))
+    return {**folder.description, **training, **evaluation, "parameters": size}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+
+    def command(
+        run: Annotated[Run, tyro.conf.arg(name="")], overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    ) -> None:
+        """Trains one language model in the folder of its run, or goes on with it.
+
+        Args:
+            run: What to train.
+            overwrite: Replace the run of this name, whatever it is.
+        """
+        result = train(run, overwrite=overwrite)
+        print(f"{run.folder / run.name}: {result['bits_per_byte']:.4f} bits per byte after step {result['step']}")
+
+    enable_compilation_cache()
+    return exit_code(lambda: parse(command, arguments, prog="python -m experiments.train"))
+
+
+__all__ = ["Levers", "TrainState", "levers", "make_evaluate", "make_init", "make_step", "model_graph", "train"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The process around an experiment: the compilation cache, what it runs on, and signals."""
+
+import os
+import platform
+import signal
+import threading
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "attention-lab" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, backend and device: what a result depends on besides its configuration."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = metadata.version(package)
+    return {"versions": versions, "backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error: the run can go on)
+    """A signal asked the run to stop, and it did, with everything saved.
+
+    Attributes:
+        exit_code: 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT.
+    """
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class StopSignals:
+    """While open, the first SIGTERM or SIGINT is noted in `received`; a second one ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        del frame
+        self.received = signum
+        for known in self._previous:
+            signal.signal(known, signal.SIG_DFL)
