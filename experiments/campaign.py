@@ -69,8 +69,7 @@ def make_plan(
     vmapped = population == "vmap" or (population == "auto" and jax.default_backend() != "cpu")
     manifest = _manifest(sweep, points, f"vmap over {lanes}" if vmapped else "loop")
     store = Store(Path(sweep.base.folder) / sweep.base.name, manifest)
-    if not overwrite:
-        store.check()
+    store.check(overwrite=overwrite)
     plan = Plan(
         sweep=sweep,
         points=points,

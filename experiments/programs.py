@@ -65,19 +65,19 @@ def trace(run: Run, batch: dict[str, np.ndarray], lanes: int | None) -> Traced:
     start = time.perf_counter()
     init, step, evaluate = make_init(run), make_step(run), make_evaluate(run)
     knobs, held_out = jax.eval_shape(lambda: levers(run)), _shapes(batch)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, knobs).parameters))
     training = held_out
     if lanes is not None:
         init, step, evaluate = jax.vmap(init), jax.vmap(step), jax.vmap(evaluate, in_axes=(0, None, 0))
         knobs, training = _stacked(knobs, lanes), _stacked(held_out, lanes)
-    state = jax.eval_shape(init, knobs)
+    traced_init = jax.jit(init).trace(knobs)
+    state = _shapes(traced_init.out_info)
     return Traced(
         run=run,
         lanes=lanes,
-        init=jax.jit(init).trace(knobs),
+        init=traced_init,
         step=jax.jit(step, donate_argnums=0).trace(state, training, knobs),
         evaluate=jax.jit(evaluate).trace(state, held_out, knobs),
-        parameters=parameters,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) // (lanes or 1),
         seconds=time.perf_counter() - start,
     )
 

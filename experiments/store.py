@@ -17,14 +17,18 @@ class Store:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
 
-    def check(self) -> None:
-        """Raises ValueError if the folder holds something else than this sweep, naming what differs."""
+    def check(self, *, overwrite: bool) -> None:
+        """Raises ValueError if the folder holds no sweep, or, unless it may be replaced, one that differs."""
         path = self.folder / "sweep.json"
         if not path.exists():
             # A process killed before its first file was in place leaves that file's temporary.
             if self.folder.exists() and any(path.name != ".sweep.json.tmp" for path in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and holds no sweep: choose another --name")
             return
+        if not overwrite:
+            self._check_same(path)
+
+    def _check_same(self, path: Path) -> None:
         found = _read(path)
         if found is None:
             raise ValueError(f"{path} is no JSON: choose another --name, or replace the sweep with --overwrite")
