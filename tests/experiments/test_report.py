@@ -31,7 +31,7 @@ def made_up_results(offsets=None, seeds=(0, 1)):
             "config": to_dict(Run()),
             "corpus": results["corpus"],
             "parameters": 1000,
-            "timings": {"trace_seconds": 0.5, "compile_seconds": 1.5 + number, "cached": False},
+            "timings": {"setup_seconds": 9.5, "compile_seconds": 1.5 + number, "cached": False},
             "memory": {"temporary_bytes": 2**20 * (number + 1), "argument_bytes": 2**20, "output_bytes": 0},
             "cost": {"flops": 1e9, "bytes_accessed": 1e8},
         }

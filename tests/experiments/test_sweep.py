@@ -15,12 +15,12 @@ from rich.console import Console
 import attention
 from experiments import programs
 from experiments.axes import axis, product
-from experiments.campaign import make_plan
+from experiments.campaign import execute, make_plan
 from experiments.config import Data, Model, Optimizer, Run
 from experiments.files import write_json
 from experiments.presets import Sweep, load_preset, preset_names
-from experiments.report import load_results
-from experiments.sweep import main, read_command, sweep
+from experiments.report import load_results, write_report
+from experiments.sweep import main, read_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +49,7 @@ def tiny(text, folder, **changes):
 
 def run_sweep(base, axes, **options):
     plan = make_plan(Sweep(base=base, axes=axes), preset="tiny", description="", command="tiny", **options)
-    sweep(plan, Console(quiet=True))
+    execute(plan, Console(quiet=True))
     return load_results(plan.folder)
 
 
@@ -244,7 +244,7 @@ def test_a_point_that_diverges_is_a_result(text, tmp_path):
     assert 0 <= diverged["diverged_at"] <= 6
     assert diverged["diverged_in"]
     assert all(np.isfinite(diverged["losses"]))
-    assert (tmp_path / "tiny" / "report.html").exists()
+    assert write_report(tmp_path / "tiny", results).exists()
 
 
 def test_results_say_what_is_needed_to_run_again(square):
