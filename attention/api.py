@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from attention.exact import AttentionSteps, Exact, softmax, weighted_values
 from attention.inputs import prepare, ungrouped
-from attention.method import Certificate, Method, UnsupportedError, capable
+from attention.method import Certificate, Method, UnsupportedError, capable, compiled
 
 
 def dot_product_attention(
@@ -97,9 +97,9 @@ def dot_product_attention(
     if return_residual:
         if not method.capabilities.residual:
             raise UnsupportedError(f"{type(method).__name__} does not take return_residual; {capable('residual')}")
-        output, residual = method.attend_with_residual(inputs)
+        output, residual = compiled(inputs, method=method, hook="attend_with_residual")
         return ungrouped(output, query).astype(dtype), ungrouped(residual, query)
-    return ungrouped(method.attend(inputs), query).astype(dtype)
+    return ungrouped(compiled(inputs, method=method, hook="attend"), query).astype(dtype)
 
 
 def certified_attention(query, key, value, bias=None, mask=None, *, method: Method = Exact(), **options):
@@ -125,7 +125,7 @@ def certified_attention(query, key, value, bias=None, mask=None, *, method: Meth
         ('deterministic', (1, 128, 8))
     """
     inputs = prepare(method, query, key, value, bias, mask, **options)
-    output, certificate = method.certify(inputs)
+    output, certificate = compiled(inputs, method=method, hook="certify")
     if certificate is None:
         unknown = jnp.ones(output.shape[:-1], output.dtype)
         certificate = Certificate(error_bound=unknown * jnp.inf, dropped_mass=unknown, work=jnp.ones((), output.dtype))

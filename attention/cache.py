@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from attention.inputs import emptied, prepare, ungrouped
 from attention.masks import Mask
-from attention.method import Method
+from attention.method import Method, compiled
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,7 @@ class KeyValueCache:
         """
         end = self.length + key.shape[2]
         fits = end <= self.max_length
-        if not isinstance(end, jax.core.Tracer) and not fits:
+        if not isinstance(end, Tracer) and not fits:
             raise ValueError(
                 f"the cache holds {self.length} tokens of max_length {self.max_length}: "
                 f"{key.shape[2]} more do not fit; pass a larger max_length to init_state"
@@ -65,12 +66,12 @@ class Cached(Method, register=False):
         key: Array,
         value: Array,
         *,
-        scale=None,
-        temperature=1.0,
-        logits_soft_cap=None,
-        local_window_size=None,
-        params=None,
-        rng=None,
+        scale: Any = None,
+        temperature: Any = 1.0,
+        logits_soft_cap: Any = None,
+        local_window_size: Any = None,
+        params: Any = None,
+        rng: Any = None,
     ) -> tuple[KeyValueCache, Array]:
         new = prepare(
             self,
@@ -97,4 +98,4 @@ class Cached(Method, register=False):
             key_lengths=longer.length[None],
         )
         whole = emptied(dataclasses.replace(new, key=longer.key, value=longer.value, mask=mask))
-        return longer, ungrouped(self.attend(whole), query).astype(query.dtype)
+        return longer, ungrouped(compiled(whole, method=self, hook="attend"), query).astype(query.dtype)

@@ -1,7 +1,7 @@
 """Checks of shapes, dtypes and ranges; every message names the argument, its value and what was expected."""
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -28,14 +28,14 @@ def checked_operands(query, key, value) -> tuple[Array, Array, Array]:
     return query, key, value
 
 
-def checked_lengths(name: str, lengths, B: int, limit: int) -> Int[Array, "B"] | None:
+def checked_lengths(name: str, lengths, B: int, limit: int) -> Int[Array, " B"] | None:
     if lengths is None:
         return None
     if jnp.shape(lengths) != (B,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
         raise ValueError(
             f"{name} has shape {jnp.shape(lengths)} and dtype {jnp.result_type(lengths)}: expected ({B},) integers"
         )
-    if not isinstance(lengths, jax.core.Tracer) and not all(0 <= n <= limit for n in jnp.asarray(lengths).tolist()):
+    if not isinstance(lengths, Tracer) and not all(0 <= n <= limit for n in jnp.asarray(lengths).tolist()):
         raise ValueError(f"{name} is {lengths}: expected lengths from 0 to {limit}")
     return jnp.asarray(lengths)
 
@@ -67,7 +67,7 @@ def checked_segments(queries, keys, B: int, T: int, S: int):
 def checked_cap(cap, dtype):
     if cap is None:
         return None
-    if jnp.shape(cap) != () or (not isinstance(cap, jax.core.Tracer) and not 0 < cap < float("inf")):
+    if jnp.shape(cap) != () or (not isinstance(cap, Tracer) and not 0 < cap < float("inf")):
         raise ValueError(f"logits_soft_cap is {cap}: expected one finite number greater than 0")
     return jnp.asarray(cap, dtype)
 
@@ -77,8 +77,9 @@ def grouped_table(name: str, table, dtype, shape, K: int) -> Bool[Array, "..."] 
     if table is None:
         return None
     table = jnp.asarray(table)
-    if (dtype is not None and table.dtype != dtype) or (dtype is None and not jnp.issubdtype(table.dtype, jnp.floating)):
-        expected = "bool (an additive mask goes to bias=)" if dtype is not None else "a floating dtype"
+    boolean = dtype is not None
+    if not (table.dtype == dtype if boolean else jnp.issubdtype(table.dtype, jnp.floating)):
+        expected = "bool (an additive mask goes to bias=)" if boolean else "a floating dtype"
         raise TypeError(f"{name} has dtype {table.dtype}: expected {expected}")
     full = (1,) * (4 - table.ndim) + table.shape
     if len(full) != 4 or any(size not in (1, axis) for size, axis in zip(full, shape, strict=True)):

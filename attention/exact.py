@@ -114,7 +114,8 @@ def rounding_bound(inputs: Inputs, *, rescalings: int, output_dtype=None) -> Flo
     norm among their values, L a bound on the size of the logits, and D = gamma_{H+5} |q| max|k| +
     12 u L a bound on the error of a logit:
 
-        |error| <= C [2 tanh(D / 2) + 2 (gamma_n + (2 min(2 L, 104) + 6 (rescalings + 2)) u) + 2 u_out] + n tiny
+        |error| <= C [2 tanh(D / 2) + 2 e / (1 - e) + 2 u_out] + n tiny
+        e = gamma_n + (2 min(2 L, 104) + 6 (rescalings + 2)) u
 
     The first term is the distance that logits moved by D can move a distribution. The second is the
     relative error of exponentials and sums, in numerator and denominator: subtracting the maximum costs
@@ -139,7 +140,8 @@ def rounding_bound(inputs: Inputs, *, rescalings: int, output_dtype=None) -> Flo
     first, last = inputs.mask.key_range()
     seen = (last - first + 1).clip(0).astype(dtype)[:, None, None, :]
     shift = 2 * jnp.tanh((_gamma(H + 5, u) * score + 12 * u * size) / 2)
-    sums = _gamma(seen, u) + (2 * jnp.minimum(2 * size, 104) + 6 * (rescalings + 2)) * u
+    relative = _gamma(seen, u) + (2 * jnp.minimum(2 * size, 104) + 6 * (rescalings + 2)) * u
+    sums = jnp.minimum(relative / (1 - jnp.minimum(relative, 0.5)), 1)  # two means never differ by more than 2 C
     largest = max_over_visible(inputs.mask, value_norm)
     tiny = S * float(jnp.finfo(dtype).tiny) + float(jnp.finfo(output_dtype or inputs.key.dtype).smallest_subnormal) * H
     # One part in a thousand covers the rounding of this expression itself.

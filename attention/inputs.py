@@ -117,6 +117,8 @@ def prepare(
         ValueError: a shape or a range is wrong; the message names the argument and what was expected.
         UnsupportedError: `method` cannot honour an argument; the message names the methods that can.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method is {method!r}: expected an object like Exact(); attention.parse_method reads a name")
     query, key, value = checked_operands(query, key, value)
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
@@ -135,7 +137,7 @@ def prepare(
         dense=grouped_table("mask", mask, jnp.bool_, (B, N, T, S), K),
     )
     inputs = Inputs(
-        query=jnp.einsum("BTKGH->BKGTH", (query.astype(dtype) * beta[..., None]).reshape(B, T, K, N // K, H)),
+        query=jnp.einsum("BTKGH->BKGTH", (query.astype(dtype) * beta.reshape(1, 1, -1, 1)).reshape(B, T, K, N // K, H)),
         key=jnp.swapaxes(key, 1, 2),
         value=jnp.swapaxes(value, 1, 2),
         mask=dataclasses.replace(description, offset=_offset(description, causal_alignment)),
@@ -193,7 +195,7 @@ def refuse_unsupported(method: Method, inputs: Inputs) -> None:
         )
 
 
-def _offset(mask: Mask, alignment: str) -> Int[Array, "b"] | None:
+def _offset(mask: Mask, alignment: str) -> Int[Array, " b"] | None:
     if alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment is {alignment!r}: expected 'top_left' or 'bottom_right'")
     if alignment == "top_left" or not (mask.causal or mask.window):

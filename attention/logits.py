@@ -1,14 +1,16 @@
 """From raw scores to logits: beta = scale / temperature, and the soft cap."""
 
-import jax
+import numbers
+
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, Float
 
 
 def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dtype) -> Float[Array, "..."]:
-    """beta = scale / temperature, the only thing that plain softmax knows of either.
+    """Beta = scale / temperature, the only thing that plain softmax knows of either.
 
     Args:
         scale: None for 1 / sqrt(head_dim), a number, or an array of shape `()` or `(N,)`; may be traced.
@@ -22,17 +24,16 @@ def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dt
         beta, of shape `()` or `(N,)`.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: a concrete argument has another shape, a temperature is 0, negative or NaN, a scale is
             not finite, or beta overflows. Traced arguments are checked under `jax.experimental.checkify`.
     """
     scale = 1.0 / np.sqrt(head_dim) if scale is None else scale
     for name, number in (("scale", scale), ("temperature", temperature)):
+        if not isinstance(number, numbers.Real | np.ndarray | Array):
+            raise TypeError(f"{name} is {number!r}: expected a number, or an array with one a head")
         if jnp.shape(number) not in ((), (num_heads,)):
-            raise ValueError(
-                f"{name} has shape {jnp.shape(number)}: expected () or one number a head, ({num_heads},)"
-            )
-        if not jnp.issubdtype(jnp.result_type(number), jnp.number):
-            raise ValueError(f"{name} has dtype {jnp.result_type(number)}: expected a real number")
+            raise ValueError(f"{name} has shape {jnp.shape(number)}: expected () or one number a head, ({num_heads},)")
     _check_ranges(scale, temperature, dtype)
     scale, temperature = jnp.asarray(scale, dtype), jnp.asarray(temperature, dtype)
     if scale.ndim != temperature.ndim:
@@ -41,7 +42,7 @@ def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dt
 
 
 def _check_ranges(scale, temperature, dtype) -> None:
-    traced = [isinstance(x, jax.core.Tracer) for x in (scale, temperature)]
+    traced = [isinstance(x, Tracer) for x in (scale, temperature)]
     for name, number, is_traced, valid, expected in (
         ("temperature", temperature, traced[0 + 1], lambda x: x > 0, "greater than 0"),
         ("scale", scale, traced[0], lambda x: abs(x) < np.inf, "finite"),
@@ -64,5 +65,5 @@ def _check_ranges(scale, temperature, dtype) -> None:
 
 
 def soft_capped(logits: Float[Array, "..."], cap: Float[Array, ""] | None) -> Float[Array, "..."]:
-    """cap * tanh(logits / cap), or the logits where `cap` is None (Gemma 2, arXiv 2408.00118, section 2)."""
+    """Cap * tanh(logits / cap), or the logits where `cap` is None (Gemma 2, arXiv 2408.00118, section 2)."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)

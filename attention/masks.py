@@ -35,9 +35,9 @@ class Mask:
     num_keys: int = _static()
     causal: bool = _static(default=False)
     window: tuple[int, int] | None = _static(default=None)
-    offset: Int[Array, "b"] | None = None
-    query_lengths: Int[Array, "b"] | None = None
-    key_lengths: Int[Array, "b"] | None = None
+    offset: Int[Array, " b"] | None = None
+    query_lengths: Int[Array, " b"] | None = None
+    key_lengths: Int[Array, " b"] | None = None
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     dense: Bool[Array, "b k g t s"] | None = None
@@ -56,7 +56,7 @@ class Mask:
             visible = visible & (i < _column(self.query_lengths))
         if self.key_lengths is not None:
             visible = visible & (j < _column(self.key_lengths))
-        if self.query_segments is not None:
+        if self.query_segments is not None and self.key_segments is not None:
             mine = lax.dynamic_slice_in_dim(self.query_segments, row, rows, axis=1)[:, None, None, :, None]
             theirs = lax.dynamic_slice_in_dim(self.key_segments, col, cols, axis=1)[:, None, None, None, :]
             visible = visible & (mine == theirs)
@@ -97,7 +97,8 @@ class Mask:
     @property
     def uses_everything(self) -> bool:
         """Whether shapes alone show that every query sees a key and every key is seen (False: perhaps not)."""
-        if any(x is not None for x in (self.query_lengths, self.key_lengths, self.query_segments, self.dense, self.offset)):
+        arrays = (self.offset, self.query_lengths, self.key_lengths, self.query_segments, self.dense)
+        if any(array is not None for array in arrays):
             return False
         banded = self.causal or self.window is not None
         return not banded or self.num_queries == self.num_keys
@@ -109,7 +110,7 @@ class Mask:
         reported unused is unused; one hidden only by their combination may be reported used.
         """
         queries, keys = self._used_by_band()
-        if self.query_segments is not None:
+        if self.query_segments is not None and self.key_segments is not None:
             member = jax.vmap(lambda a, b: jnp.isin(a, b, method="sort"))
             queries &= member(self.query_segments, self.key_segments)
             keys &= member(self.key_segments, self.query_segments)
@@ -138,6 +139,5 @@ def slice_or_keep(x: Array, start, size: int, axis: int) -> Array:
     return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _column(per_batch: Int[Array, "b"]) -> Int[Array, "b 1 1 1 1"]:
+def _column(per_batch: Int[Array, " b"]) -> Int[Array, "b 1 1 1 1"]:
     return per_batch.reshape(-1, 1, 1, 1, 1)
-

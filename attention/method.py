@@ -9,10 +9,11 @@ import abc
 import ast
 import dataclasses
 import difflib
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -42,6 +43,10 @@ class Capabilities:
         certificate: the kind of bound that comes with the output.
         exact: equals softmax attention up to rounding, in every configuration.
         random: draws constants, so `params` or `rng` is needed.
+        head_independent: a head's output depends on that head's operands alone.
+        sees_all: every visible key contributes, so that an infinite temperature gives the mean over them.
+        rounding: the floating-point error of the method against itself in exact arithmetic is at most this
+            multiple of `attention.exact.rounding_bound`, at norms of order one.
     """
 
     causal: bool = False
@@ -57,6 +62,9 @@ class Capabilities:
     certificate: Literal["none", "probabilistic", "deterministic"] = "none"
     exact: bool = False
     random: bool = False
+    head_independent: bool = True
+    sees_all: bool = True
+    rounding: float = 1.0
 
 
 @jax.tree_util.register_dataclass
@@ -136,18 +144,40 @@ class Method(abc.ABC):
         """The decoding state before the first token."""
         raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
 
-    def extend(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> tuple[Any, Array]:
+    def extend(
+        self,
+        state: Any,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        scale: Any = None,
+        temperature: Any = 1.0,
+        logits_soft_cap: Any = None,
+        local_window_size: Any = None,
+        params: Any = None,
+        rng: Any = None,
+    ) -> tuple[Any, Array]:
         """Appends T >= 1 tokens (`B T N H`, `B T K H`) and returns the new state and their causal output.
 
-        Any split of a sequence into calls gives what the whole sequence gives. Takes `scale`,
-        `temperature`, `logits_soft_cap`, `local_window_size`, `params` and `rng` as
-        `attention.dot_product_attention` does.
+        Any split of a sequence into calls gives what the whole sequence gives. The options are those of
+        `attention.dot_product_attention`.
         """
         raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
 
-    def exact_limit(self, length: int) -> Self | None:
-        """This method with its budget raised until it equals softmax attention at `length`, or None."""
+    def exact_limit(self, length: int) -> "Method | None":
+        """The method with its budget raised until it equals softmax attention at `length`, or None."""
         return self if self.capabilities.exact else None
+
+    @classmethod
+    def examples(cls) -> "tuple[Method, ...]":
+        """Configurations on which the laws are checked, at lengths of about 16."""
+        return (cls(),)
+
+    def ladder(self, length: int) -> "tuple[Method, ...]":
+        """The method with growing budgets, along which its mean error at `length` falls; empty if it has none."""
+        del length
+        return ()
 
     @abc.abstractmethod
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
@@ -197,6 +227,12 @@ class _Registry(Mapping[str, type[Method]]):
 
 
 METHODS = _Registry()
+
+
+@functools.partial(jax.jit, static_argnames=("method", "hook"))
+def compiled(inputs: Any, *, method: Method, hook: str) -> Any:
+    """`method.hook(inputs)` under jit, so that a call outside any jit compiles once and not once a call."""
+    return getattr(method, hook)(inputs)
 
 
 def make_method(name: str, **fields: Any) -> Method:

@@ -1,0 +1,31 @@
+"""Tests run with shapes and types checked, rank promotion forbidden, and compilations kept between runs."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("attention", "beartype.beartype")
+
+import jax  # noqa: E402 (the hook comes before anything that imports the library)
+from hypothesis import settings  # noqa: E402
+
+CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(tempfile.gettempdir()) / "attention-lab-tests"))
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Campaigns run when asked for by marker; what needs an accelerator is skipped without one."""
+    asked = config.getoption("-m") or ""
+    for item in items:
+        if item.get_closest_marker("campaign") and "campaign" not in asked:
+            item.add_marker(pytest.mark.skip(reason="a long campaign: make campaign"))
+        if item.get_closest_marker("accelerator") and jax.default_backend() == "cpu":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU or a TPU, found the CPU"))

@@ -1,0 +1,59 @@
+"""What the documents say is what the code says: tables, snippets, doctests, links."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import attention
+from experiments import tables
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(m.name for m in pkgutil.walk_packages(attention.__path__, "attention.") if m.name != "attention.flax")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_readme_table_is_the_registry():
+    text = (ROOT / "README.md").read_text()
+    assert tables.with_overview(text) == text, "run `make docs`"
+
+
+def test_methods_document_is_the_registry():
+    assert (ROOT / "docs" / "methods.md").read_text() == tables.reference(), "run `make docs`"
+
+
+def test_readme_snippet_runs():
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippets[0].strip().splitlines()) == 6
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_readme_names_the_commands_of_the_makefile():
+    targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for document in DOCUMENTS:
+        for target in re.findall(r"`make (\w+)`", document.read_text()):
+            assert target in targets, f"{document.name} names make {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        assert link.startswith("https://") or (document.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert not failed
+
+
+@pytest.mark.parametrize("cls", attention.METHODS.values(), ids=lambda cls: cls.__name__)
+def test_every_method_says_what_a_reader_needs(cls):
+    text = cls.__doc__ or ""
+    assert "Cost:" in text
+    assert re.search(r"[Ee]rror bound|[Nn]o bound known", text)
+    assert "References:" in text

@@ -1,0 +1,133 @@
+"""Methods with one planted mistake each: the laws catch every one of them, by name."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attention import Exact, Method
+from attention.testing import LAWS, Violation, check
+
+
+def planted(cls):
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def without(inputs, **fields):
+    return dataclasses.replace(inputs, mask=dataclasses.replace(inputs.mask, **fields))
+
+
+@planted
+class NotCausal(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(without(inputs, causal=False))
+
+
+@planted
+class NormalisedByTheFuture(Exact, register=False):
+    """Right but for rounding: rescales by the largest key of the whole sequence, as some Performers do."""
+
+    def attend(self, inputs):
+        largest = jnp.max(jnp.abs(inputs.key), axis=(2, 3), keepdims=True)
+        query = inputs.query * largest[:, :, None]
+        return super().attend(dataclasses.replace(inputs, query=query, key=inputs.key / largest))
+
+
+@planted
+class LeaksPadding(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(without(inputs, key_lengths=None))
+
+
+@planted
+class MeanForEmptyRows(Exact, register=False):
+    def attend(self, inputs):
+        seen = inputs.mask.tile(0, inputs.mask.num_queries, 0, inputs.mask.num_keys).any(-1, keepdims=True)
+        return jnp.where(seen, super().attend(inputs), inputs.value.mean(2)[:, :, None, None, :])
+
+
+@planted
+class FalseCertificate(Exact, register=False):
+    def certify(self, inputs):
+        output, certificate = super().certify(inputs)
+        return output * 1.01, certificate
+
+
+@planted
+class InventedCertificate(Exact, register=False):
+    """Declares no bound, and gives one."""
+
+    capabilities = dataclasses.replace(Exact.capabilities, certificate="none")
+
+
+@planted
+class Recompiles(Exact, register=False):
+    def __eq__(self, other):
+        return False
+
+    def __hash__(self):
+        return 0
+
+
+@planted
+class MixesTheBatch(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(inputs) + 1e-3 * inputs.value.mean((0, 2), keepdims=True)[:, :, None]
+
+
+@planted
+class TilesGroupedHeads(Exact, register=False):
+    """Head n reads key head n % K, where n // G is right."""
+
+    def attend(self, inputs):
+        B, K, G, T, H = inputs.query.shape
+        query = jnp.swapaxes(inputs.query.reshape(B, G, K, T, H), 1, 2)
+        output = super().attend(dataclasses.replace(inputs, query=query))
+        return jnp.swapaxes(output, 1, 2).reshape(B, K, G, T, -1)
+
+
+@planted
+class HalfPrecision(Exact, register=False):
+    def attend(self, inputs):
+        rounded = inputs.query.astype(inputs.key.dtype).astype(inputs.query.dtype)
+        return super().attend(dataclasses.replace(inputs, query=rounded))
+
+
+@planted
+class ForgetsTheCache(Exact, register=False):
+    def extend(self, state, query, key, value, **options):
+        return super().extend(state, query[:, ::-1], key, value, **options)
+
+
+@planted
+class GradientStopped(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(dataclasses.replace(inputs, key=jax.lax.stop_gradient(inputs.key)))
+
+
+CAUGHT_BY = {
+    NotCausal: "the_future_does_not_exist",
+    NormalisedByTheFuture: "the_future_does_not_exist",
+    LeaksPadding: "padding_equals_truncation",
+    MeanForEmptyRows: "rows_that_see_nothing_are_zero",
+    FalseCertificate: "certificates_hold",
+    InventedCertificate: "certificates_hold",
+    Recompiles: "a_second_eager_call_does_not_recompile",
+    MixesTheBatch: "batch_elements_are_independent",
+    TilesGroupedHeads: "grouped_heads_equal_repeated_heads",
+    HalfPrecision: "low_precision_is_rounding",
+    ForgetsTheCache: "extend_over_any_split_equals_the_whole",
+    GradientStopped: "gradients_equal_finite_differences",
+}
+
+
+@pytest.mark.parametrize(("cls", "name"), CAUGHT_BY.items(), ids=lambda x: getattr(x, "__name__", None))
+def test_planted_mistake_is_caught_by_name(cls: type[Method], name: str):
+    with pytest.raises(Violation, match=rf"{name}: {cls.__name__}"):
+        LAWS[name](cls())
+
+
+def test_check_names_every_broken_law():
+    with pytest.raises(Violation, match="a_second_eager_call_does_not_recompile: Recompiles"):
+        check(Recompiles())
