@@ -114,9 +114,7 @@ def layer_methods(run: Run) -> tuple[attention.Method, ...]:
     if not expressions:
         return (run.attention,) * run.model.layers
     if len(expressions) != run.model.layers:
-        raise ValueError(
-            f"layer_methods has {len(expressions)} methods: expected one for each of {run.model.layers} layers"
-        )
+        raise ValueError(f"model.layer_methods is {expressions}: expected one for each of {run.model.layers} layers")
     return tuple(attention.parse_method(expression) for expression in expressions)
 
 

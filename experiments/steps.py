@@ -84,7 +84,7 @@ def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainStat
         rate = levers.learning_rate * unit_schedule(run.optimizer, run.steps, state.step)
         updates, optimizer = descent(run.optimizer).update(gradients, state.optimizer, state.parameters)
         parameters = jax.tree.map(lambda p, u: p + rate * u, state.parameters, updates)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         metrics = {
             "loss": loss,
             "grad_norm": norm,

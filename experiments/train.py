@@ -59,13 +59,14 @@ def train(run: Run, *, overwrite: bool = False, view: Callable[[str, int, int], 
     check_run(run)
     check_name(run.name)
     batches, held_out = training_batches(run), validation_batches(run)
-    initial = jax.eval_shape(make_init(run), levers(run))
+    programs = _Programs.of(run)
+    initial = programs.check(batches, held_out)
     folder = open_folder(run, overwrite=overwrite)
     if folder.result is not None:
         return folder.result
     try:
         with StopSignals() as signals:
-            _run(run, folder, initial, batches, held_out, signals, view)
+            _run(run, folder, programs, initial, batches, held_out, signals, view)
             folder.finish(_result(run, folder, initial))
     except Exception as error:
         if is_disk_full(error):
@@ -75,14 +76,38 @@ def train(run: Run, *, overwrite: bool = False, view: Callable[[str, int, int], 
     return folder.result or {}
 
 
-def _run(run: Run, folder: RunFolder, initial, batches, held_out, signals: StopSignals, view) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """The compiled functions of a run, and the numbers that they all take."""
+
+    init: Any
+    step: Any
+    evaluate: Any
+    levers: Levers
+
+    @classmethod
+    def of(cls, run: Run) -> "_Programs":
+        step = jax.jit(make_step(run), donate_argnums=0)
+        return cls(jax.jit(make_init(run)), step, jax.jit(make_evaluate(run)), levers(run))
+
+    def check(self, batches: grain.DatasetIterator, held_out: list[Any]) -> TrainState:
+        """The shapes of the state; traces everything, so that a method refuses before a file is written."""
+        state = self.init.eval_shape(self.levers)
+        position = batches.get_state()
+        self.step.eval_shape(state, next(batches), self.levers)
+        batches.set_state(position)
+        self.evaluate.eval_shape(state, held_out[0], self.levers)
+        return state
+
+
+def _run(run: Run, folder: RunFolder, programs: _Programs, initial, batches, held_out, signals, view) -> None:
     messages: list[str] = []
     checkpoints = Checkpoints(folder.checkpoints, messages.append)
     state = checkpoints.restore(initial, batches)
     start = 0 if state is None else int(state.step)
     if state is None:
         batches = training_batches(run)  # a checkpoint that failed half-way may have moved the iterator
-        state = jax.jit(make_init(run))(levers(run))
+        state = programs.init(programs.levers)
     if start or messages:
         messages.append(f"{folder.path}: goes on after step {start} of {run.steps}")
     log = Log(folder, start)
@@ -90,7 +115,7 @@ def _run(run: Run, folder: RunFolder, initial, batches, held_out, signals: StopS
         with view(run.name, run.steps, start) as shown:
             for message in messages:
                 shown.tell(message)
-            _Session(run, batches, held_out, log, checkpoints, shown, signals).loop(state, start)
+            _Session(run, programs, batches, held_out, log, checkpoints, shown, signals).loop(state, start)
     finally:
         log.close()
         checkpoints.close()
@@ -101,6 +126,7 @@ class _Session:
     """The parts of a run at work, and the loop over its steps."""
 
     run: Run
+    programs: _Programs
     batches: grain.DatasetIterator
     held_out: list[dict[str, Any]]
     log: Log
@@ -109,12 +135,10 @@ class _Session:
     signals: StopSignals
 
     def loop(self, state: TrainState, start: int) -> None:
-        run, constants = self.run, levers(self.run)
-        take_step = jax.jit(make_step(run), donate_argnums=0)
+        run, programs = self.run, self.programs
         pending = Pending(nonfinite_names(run))
-        evaluate = jax.jit(make_evaluate(run))
         for step in range(start + 1, run.steps + 1):
-            state, metrics = take_step(state, next(self.batches), constants)
+            state, metrics = programs.step(state, next(self.batches), programs.levers)
             pending.add(step, metrics)
             stop = self.signals.received
             last = step == run.steps
@@ -123,7 +147,7 @@ class _Session:
             if save_now or evaluate_now or len(pending) >= FETCH_EVERY:
                 self._write(pending)
             if evaluate_now:
-                self._evaluate(evaluate, step, state, constants)
+                self._evaluate(step, state)
             if save_now:  # after the metrics of its step are on disk, none of them later than it
                 self.checkpoints.save(step, state, self.batches)
             if stop is not None and not last:
@@ -135,8 +159,9 @@ class _Session:
         self.log.write(records)
         self.view.step(records[-1]["step"], records[-1]["loss"])
 
-    def _evaluate(self, evaluate, step: int, state: TrainState, constants: Levers) -> None:
-        record = evaluation_record(step, [evaluate(state, batch, constants) for batch in self.held_out])
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        evaluate, numbers = self.programs.evaluate, self.programs.levers
+        record = evaluation_record(step, [evaluate(state, batch, numbers) for batch in self.held_out])
         self.log.write([record])
         loss, bits = record["validation_loss"], record["bits_per_byte"]
         self.view.tell(f"step {step}: validation loss {loss:.4f} nats, {bits:.4f} bits per byte")
