@@ -5,6 +5,7 @@ The import line of a method is its registration.
 
 from attention.api import attention_steps, certified_attention, dot_product_attention
 from attention.exact import AttentionSteps, Exact
+from attention.linear import Performer
 from attention.method import (
     METHODS,
     Capabilities,
@@ -26,6 +27,7 @@ __all__ = [
     "Exact",
     "Method",
     "Params",
+    "Performer",
     "UnsupportedError",
     "attention_steps",
     "certified_attention",

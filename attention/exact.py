@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attention.cache import Cached
 from attention.inputs import Inputs
@@ -128,25 +128,56 @@ def rounding_bound(inputs: Inputs, *, rescalings: int, output_dtype=None) -> Flo
         output_dtype: the dtype to which the output is rounded; that of `inputs.key` unless given.
     """
     dtype = inputs.query.dtype
-    u = float(jnp.finfo(dtype).eps) / 2
     u_out = float(jnp.finfo(output_dtype or inputs.key.dtype).eps) / 2
     H, S = inputs.query.shape[-1], inputs.mask.num_keys
-    key_norm, value_norm = (jnp.linalg.norm(x.astype(dtype), axis=-1) for x in (inputs.key, inputs.value))
-    score = jnp.linalg.norm(inputs.query, axis=-1) * max_over_visible(inputs.mask, key_norm)
-    size = score if inputs.soft_cap is None else jnp.minimum(score, inputs.soft_cap)
-    if inputs.bias is not None:
-        finite = jnp.where(jnp.isfinite(inputs.bias), jnp.abs(inputs.bias).astype(dtype), 0)
-        size = size + finite.max(-1)
-    first, last = inputs.mask.key_range()
-    seen = (last - first + 1).clip(0).astype(dtype)[:, None, None, :]
-    shift = 2 * jnp.tanh((_gamma(H + 5, u) * score + 12 * u * size) / 2)
-    relative = _gamma(seen, u) + (2 * jnp.minimum(2 * size, 104) + 6 * (rescalings + 2)) * u
+    shift = 2 * jnp.tanh(logit_rounding(inputs) / 2)
+    relative = sum_rounding(inputs, rescalings=rescalings)
     sums = jnp.minimum(relative / (1 - jnp.minimum(relative, 0.5)), 1)  # two means never differ by more than 2 C
-    largest = max_over_visible(inputs.mask, value_norm)
+    largest = max_over_visible(inputs.mask, norms(inputs.value.astype(dtype)))
     tiny = S * float(jnp.finfo(dtype).tiny) + float(jnp.finfo(output_dtype or inputs.key.dtype).smallest_subnormal) * H
     # One part in a thousand covers the rounding of this expression itself.
     bound = 1.001 * largest * (shift + 2 * sums + 2 * u_out) + tiny
-    return jnp.where(seen > 0, bound, 0)
+    return jnp.where(sees_any(inputs.mask), bound, 0)
+
+
+def logit_rounding(inputs: Inputs) -> Float[Array, "B K G T"]:
+    """D = gamma_{H+5} |q| max|k| + 12 u L, a bound on the rounding error of every logit that a query sees."""
+    u, H = _roundoff(inputs), inputs.query.shape[-1]
+    return _gamma(H + 5, u) * _score_bound(inputs) + 12 * u * _logit_bound(inputs)
+
+
+def sum_rounding(inputs: Inputs, *, rescalings: int) -> Float[Array, "B K G T"]:
+    """A bound on the relative error of a sum of e^(logit - max), given the logits; see `rounding_bound`."""
+    u = _roundoff(inputs)
+    first, last = inputs.mask.key_range()
+    seen = (last - first + 1).clip(0).astype(inputs.query.dtype)[:, None, None, :]
+    return _gamma(seen, u) + (2 * jnp.minimum(2 * _logit_bound(inputs), 104) + 6 * (rescalings + 2)) * u
+
+
+def sees_any(mask: Mask) -> Bool[Array, "b 1 1 T"]:
+    """Whether the band and the lengths leave a query any key."""
+    first, last = mask.key_range()
+    return (first <= last)[:, None, None, :]
+
+
+def norms(x: Float[Array, "*N H"]) -> Float[Array, "*N"]:
+    """Euclidean norms over the last axis, whose squares can neither overflow nor vanish."""
+    largest = jnp.abs(x).max(-1, keepdims=True)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return unit[..., 0] * jnp.linalg.norm(x / unit, axis=-1)
+
+
+def _score_bound(inputs: Inputs) -> Float[Array, "B K G T"]:
+    return norms(inputs.query) * max_over_visible(inputs.mask, norms(inputs.key.astype(inputs.query.dtype)))
+
+
+def _logit_bound(inputs: Inputs) -> Float[Array, "B K G T"]:
+    """L, with the soft cap and the bias."""
+    score = _score_bound(inputs)
+    size = score if inputs.soft_cap is None else jnp.minimum(score, inputs.soft_cap)
+    if inputs.bias is None:
+        return size
+    return size + jnp.where(jnp.isfinite(inputs.bias), jnp.abs(inputs.bias).astype(size.dtype), 0).max(-1)
 
 
 def exact_certificate(inputs: Inputs, *, rescalings: int) -> Certificate:
@@ -155,6 +186,10 @@ def exact_certificate(inputs: Inputs, *, rescalings: int) -> Certificate:
     return Certificate(
         error_bound=bound, dropped_mass=jnp.zeros_like(bound), work=jnp.ones((), bound.dtype), kind="deterministic"
     )
+
+
+def _roundoff(inputs: Inputs) -> float:
+    return float(jnp.finfo(inputs.query.dtype).eps) / 2
 
 
 def _gamma(n, u: float):

@@ -28,6 +28,8 @@ class Inputs:
 
     Attributes:
         query: `B K G T H`, times beta, in float32 (float64 for float64 operands).
+        beta: scale / temperature, which `query` already carries, in its dtype: `()`, or `K G` where it is one
+            number a head. For methods that have to share it out between query and key.
         key: `B K S H`, in the caller's dtype.
         value: `B K S E`, in the caller's dtype.
         mask: which keys each query sees.
@@ -38,6 +40,7 @@ class Inputs:
     """
 
     query: Float[Array, "B K G T H"]
+    beta: Float[Array, ""] | Float[Array, "K G"]
     key: Float[Array, "B K S H"]
     value: Float[Array, "B K S E"]
     mask: Mask
@@ -84,6 +87,7 @@ class Inputs:
             query=pick(self.query, 0, 1),
             key=pick(self.key, 0, 1),
             value=pick(self.value, 0, 1),
+            beta=slice_or_keep(self.beta, k, 1, 0) if self.beta.ndim else self.beta,
             bias=pick(self.bias, 0, 1),
             mask=mask,
         )
@@ -145,6 +149,7 @@ def prepare(
         soft_cap=checked_cap(logits_soft_cap, dtype),
         params=params,
         rng=rng,
+        beta=beta.reshape(K, N // K) if beta.ndim else beta,
     )
     refuse_unsupported(method, inputs)
     return emptied(inputs)
