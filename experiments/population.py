@@ -12,7 +12,7 @@ import numpy as np
 from experiments.config import Run
 from experiments.data import training_batches, validation_batches
 from experiments.programs import Program
-from experiments.steps import levers, nonfinite_names
+from experiments.steps import levers
 
 Observer = Callable[["Progress"], None]
 
@@ -73,7 +73,7 @@ def train_together(program: Program, runs: Sequence[Run], observe: Observer) -> 
     knobs = program.joined([levers(run) for run in runs])
     state = program.init(knobs)
     held_out = validation_batches(runs[0])
-    histories = [_History(nonfinite_names(program.run)) for _ in runs]
+    histories = [_History(program.suspects) for _ in runs]
     _evaluate(program, state, held_out, knobs, histories, 0)
     segments: list[float] = []
     waiting: list[Any] = []

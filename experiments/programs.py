@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.config import Run
-from experiments.steps import Levers, TrainState, levers, make_evaluate, make_init, make_step
+from experiments.steps import Levers, TrainState, levers, make_evaluate, make_init, make_step, nonfinite_names
 
 _CACHE_HITS = [0]
 jax.monitoring.register_event_listener(
@@ -25,6 +25,7 @@ class Traced(NamedTuple):
     step: Any
     evaluate: Any
     parameters: int
+    suspects: list[str]
     seconds: float
 
 
@@ -37,6 +38,7 @@ class Program(NamedTuple):
     step: Callable[[TrainState, Any, Levers], tuple[TrainState, Any]]
     evaluate: Callable[[TrainState, Any, Levers], Any]
     parameters: int
+    suspects: list[str]
     timings: dict[str, Any]
     memory: dict[str, int]
     cost: dict[str, float]
@@ -78,6 +80,7 @@ def trace(run: Run, batch: dict[str, np.ndarray], lanes: int | None) -> Traced:
         step=jax.jit(step, donate_argnums=0).trace(state, training, knobs),
         evaluate=jax.jit(evaluate).trace(state, held_out, knobs),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) // (lanes or 1),
+        suspects=nonfinite_names(run),
         seconds=time.perf_counter() - start,
     )
 
@@ -100,6 +103,7 @@ def compiled(traced: Traced) -> Program:
         step=step,
         evaluate=evaluate,
         parameters=traced.parameters,
+        suspects=traced.suspects,
         timings={"setup_seconds": setup_seconds, "compile_seconds": step_seconds, "cached": hits > 0},
         memory=_memory(step),
         cost=_cost(step),

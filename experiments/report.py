@@ -28,7 +28,14 @@ ALLOWANCE = 0.05
 
 
 def write_report(folder: Path, results: Results) -> Path:
-    """Writes the figures and report.html into `folder`; returns the page's path."""
+    """Writes the figures and report.html into `folder`; returns the page's path.
+
+    Raises:
+        ValueError: no point is finished.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    if not results["points"]:
+        raise ValueError(f"{folder} has no finished point to report on: run the sweep again to go on with it")
     files = {name: drawn(draw, results) for name, draw in FIGURES.items()}
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, kinds in files.items():

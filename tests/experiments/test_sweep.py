@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = np.random.default_rng(0).choice("to be or not be that is the question".split(), 4000)
+    words = np.random.default_rng(0).choice(["to", "be", "or", "not", "be", "that", "is", "the", "question"], 4000)
     path.write_text(" ".join(words))
     return path
 
@@ -135,11 +135,12 @@ def test_a_finished_point_is_never_run_again_and_a_missing_one_ends_the_same(pop
 
 def command(text, folder, *more):
     """A tiny sweep as a process: `quickstart` with everything made small."""
-    sizes = "--model.layers 1 --model.width 8 --model.heads 2 --model.kv-heads 1 --model.mlp-width 16".split()
-    lengths = "--model.context 16 --data.batch 2 --steps 40 --evaluate-every 20 --evaluate-batches 2".split()
+    sizes = {"layers": 1, "width": 8, "heads": 2, "kv-heads": 1, "mlp-width": 16, "context": 16}
+    model = [word for name, size in sizes.items() for word in (f"--model.{name}", str(size))]
+    lengths = ["--data.batch", "2", "--steps", "40", "--evaluate-every", "20", "--evaluate-batches", "2"]
     axes = ["--axes", "scale=0.25,0.5", "temperature=1,2"]
     place = ["--data.source", str(text), "--folder", str(folder), "--name", "tiny"]
-    return [sys.executable, "-m", "experiments.sweep", "quickstart", *sizes, *lengths, *place, *axes, *more]
+    return [sys.executable, "-m", "experiments.sweep", "quickstart", *model, *lengths, *place, *axes, *more]
 
 
 def until_point(process, folder):
