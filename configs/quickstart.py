@@ -21,7 +21,7 @@ sweep = Sweep(
         optimizer=Optimizer(learning_rate=1e-2, warmup_steps=20),
     ),
     axes=product(
-        attention=[attention.Exact()],
+        attention=[attention.Exact(), attention.Performer(features=32)],
         scale=[0.0625, 0.25, 1.0],
         temperature=[0.25, 1.0, 4.0],
     ),

@@ -39,15 +39,24 @@ def _heat_map(axes: Axes, losses: dict[tuple[float, float], Any], colours: Scala
     table = np.full((len(scales), len(temperatures)), np.nan)
     for (scale, temperature), loss in losses.items():
         table[scales.index(scale), temperatures.index(temperature)] = loss.mean
-    axes.imshow(table, cmap=colours.get_cmap(), norm=colours.norm, aspect="auto")
+    axes.pcolormesh(table, cmap=colours.get_cmap(), norm=colours.norm, edgecolors="face")
+    axes.invert_yaxis()
     for (row, column), number in np.ndenumerate(table):
         if (scales[row], temperatures[column]) in losses:
             red, green, blue, _ = colours.to_rgba(number)
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 and not math.isnan(number)
             text = "diverged" if math.isnan(number) else f"{number:.3f}"
-            axes.text(column, row, text, ha="center", va="center", color="#ffffff" if dark else "#000000", fontsize=9)
-    axes.set_xticks(range(len(temperatures)), [power(x) for x in temperatures])
-    axes.set_yticks(range(len(scales)), [power(x) for x in scales])
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                text,
+                ha="center",
+                va="center",
+                color="#ffffff" if dark else "#000000",
+                fontsize=9,
+            )
+    axes.set_xticks(np.arange(len(temperatures)) + 0.5, [power(x) for x in temperatures])
+    axes.set_yticks(np.arange(len(scales)) + 0.5, [power(x) for x in scales])
     axes.set_xlabel("temperature")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -1,5 +1,6 @@
 """The points of a sweep as runs: what each one is, what it is called, and which of them share a program."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -58,10 +59,13 @@ def program_id(static: Run) -> str:
 
 
 def program_label(static: Run, axes: Axes) -> str:
-    """The method, and the values of the other static axes of the sweep."""
+    """The method, without the fields that have their defaults, and the values of the other static axes."""
     others = [name for name in axes.names if name != "attention" and name not in TRACED]
     values = [f"{name}={to_dict(look_up(static, name))}" for name in others if not name.startswith("attention.")]
-    return ", ".join([repr(static.attention), *values])
+    method = static.attention
+    set_fields = [f for f in dataclasses.fields(method) if getattr(method, f.name) != f.default]
+    arguments = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in set_fields)
+    return ", ".join([f"{type(method).__name__}({arguments})", *values])
 
 
 def to_dict_of(point: Mapping[str, Any]) -> dict[str, Any]:
