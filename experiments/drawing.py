@@ -54,10 +54,10 @@ def panels(count: int, *, width: float = 3.1, height: float = 2.9, **options: An
 
 
 def power(number: float) -> str:
-    """A number as the power of two that it is, or in four digits."""
-    mantissa, exponent = math.frexp(number) if number else (0.0, 0)
-    if mantissa == 0.5 and not 0.1 <= number < 1000:
-        return f"$2^{{{exponent - 1}}}$"
+    """A number in four digits; a power of two below 1 as the fraction that it is."""
+    mantissa, exponent = math.frexp(number)
+    if mantissa == 0.5 and exponent <= 0:
+        return f"1/{2 ** (1 - exponent)}" if exponent > -12 else f"$2^{{{exponent - 1}}}$"
     return f"{number:.4g}"
 
 

@@ -43,23 +43,20 @@ def _heat_map(axes: Axes, losses: dict[tuple[float, float], Any], colours: Scala
     axes.invert_yaxis()
     for (row, column), number in np.ndenumerate(table):
         if (scales[row], temperatures[column]) in losses:
-            red, green, blue, _ = colours.to_rgba(number)
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 and not math.isnan(number)
-            text = "diverged" if math.isnan(number) else f"{number:.3f}"
-            axes.text(
-                column + 0.5,
-                row + 0.5,
-                text,
-                ha="center",
-                va="center",
-                color="#ffffff" if dark else "#000000",
-                fontsize=9,
+            text, ink = (
+                ("diverged", INK) if math.isnan(number) else (f"{number:.3f}", _legible(colours.to_rgba(number)))
             )
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=9)
     axes.set_xticks(np.arange(len(temperatures)) + 0.5, [power(x) for x in temperatures])
     axes.set_yticks(np.arange(len(scales)) + 0.5, [power(x) for x in scales])
     axes.set_xlabel("temperature")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+
+
+def _legible(paper: Any) -> str:
+    red, green, blue, _ = paper
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#000000"
 
 
 def loss_over_beta(results: Results) -> Figure:
@@ -76,7 +73,7 @@ knows of either. Bars span the seeds."""
         # Methods that coincide would hide each other: earlier ones are drawn larger, later ones on top of them.
         size = 11 - 7 * index / max(len(labels(results)) - 1, 1)
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": size}
-        axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, linewidth=size / 2.5, capthick=1, **style)
+        axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, linewidth=size / 4, capthick=1, **style)
         betas += shown
     beta_axis(axes, betas)
     axes.set_ylabel("validation loss (nats / byte)")
