@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from attention.inputs import emptied, prepare, ungrouped
+from attention.logits import traced_check
 from attention.masks import Mask
 from attention.method import Method, compiled
 
@@ -42,7 +42,7 @@ class KeyValueCache:
                 f"the cache holds {self.length} tokens of max_length {self.max_length}: "
                 f"{key.shape[2]} more do not fit; pass a larger max_length to init_state"
             )
-        checkify.debug_check(fits, "the cache is full: {end} tokens", end=end)
+        traced_check(fits, "the cache is full: {end} tokens", end=end)
         value = jnp.where(fits, value, jnp.nan)
         return KeyValueCache(
             key=lax.dynamic_update_slice_in_dim(self.key, key.astype(self.key.dtype), self.length, axis=2),

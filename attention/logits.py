@@ -1,12 +1,14 @@
 """From raw scores to logits: beta = scale / temperature, and the soft cap."""
 
+import functools
 import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dtype) -> Float[Array, "..."]:
@@ -48,12 +50,12 @@ def _check_ranges(scale, temperature, dtype) -> None:
         ("scale", scale, traced[0], lambda x: abs(x) < np.inf, "finite"),
     ):
         if is_traced:
-            checkify.debug_check(jnp.all(valid(number)), f"{name} must be {expected}, got {{x}}", x=number)
+            traced_check(jnp.all(valid(number)), f"{name} must be {expected}, got {{x}}", x=number)
         elif not np.all(valid(np.asarray(number, np.float64))):
             raise ValueError(f"{name} is {number}: expected a number {expected}")
     if any(traced):
         beta = jnp.asarray(scale, dtype) / jnp.asarray(temperature, dtype)
-        checkify.debug_check(jnp.all(jnp.isfinite(beta)), "scale / temperature overflows: {beta}", beta=beta)
+        traced_check(jnp.all(jnp.isfinite(beta)), "scale / temperature overflows: {beta}", beta=beta)
         return
     with np.errstate(divide="ignore", over="ignore"):
         rounded = np.asarray(temperature, np.float64).astype(dtype)
@@ -62,6 +64,16 @@ def _check_ranges(scale, temperature, dtype) -> None:
         raise ValueError(
             f"scale / temperature = {scale} / {temperature} overflows {jnp.dtype(dtype).name}: raise the temperature"
         )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def traced_check(holds: Bool[Array, ""], message: str, **numbers: Array) -> None:
+    """`checkify.debug_check`, traced once a process for each message.
+
+    Every trace of a check draws a new number into the program, so that tracing a model twice would give two
+    different programs, and the persistent compilation cache would never find the second.
+    """
+    checkify.debug_check(holds, message, **numbers)
 
 
 def soft_capped(logits: Float[Array, "..."], cap: Float[Array, ""] | None) -> Float[Array, "..."]:

@@ -61,19 +61,20 @@ def train(run: Run, *, overwrite: bool = False, view: Callable[[str, int, int], 
     batches, held_out = training_batches(run), validation_batches(run)
     programs = _Programs.of(run)
     initial = programs.check(batches, held_out)
-    folder = open_folder(run, overwrite=overwrite)
-    if folder.result is not None:
-        return folder.result
     try:
+        folder = open_folder(run, overwrite=overwrite)
+        if folder.result is not None:
+            return folder.result
         with StopSignals() as signals:
             _run(run, folder, programs, initial, batches, held_out, signals, view)
-            folder.finish(_result(run, folder, initial))
+            result = _result(run, folder, initial)
+            folder.finish(result)
     except Exception as error:
         if is_disk_full(error):
-            advice = "the last checkpoint is intact: free some space and start again"
-            raise OSError(errno.ENOSPC, f"no space left while writing to {folder.path}; {advice}") from error
+            advice = "every finished checkpoint is intact: free some space and start again"
+            raise OSError(errno.ENOSPC, f"no space left while writing to {run.folder / run.name}; {advice}") from error
         raise
-    return folder.result or {}
+    return result
 
 
 @dataclasses.dataclass(frozen=True)

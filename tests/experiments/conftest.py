@@ -27,13 +27,15 @@ def tiny(text, tmp_path):
         evaluate_every=10,
         evaluate_batches=2,
         checkpoint_every=7,
-        model=Model(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24, context=16),
+        model=Model(layers=1, width=16, heads=4, kv_heads=2, mlp_width=24, context=16),
         data=Data(source=str(text), batch=4, validation_share=0.2),
         optimizer=Optimizer(warmup_steps=3, learning_rate=1e-2),
     )
 
     def make(**fields):
-        parts = {name: dataclasses.replace(getattr(base, name), **x) for name, x in fields.items() if isinstance(x, dict)}
+        parts = {
+            name: dataclasses.replace(getattr(base, name), **x) for name, x in fields.items() if isinstance(x, dict)
+        }
         return dataclasses.replace(base, **{**fields, **parts})
 
     return make
