@@ -17,6 +17,7 @@ from attention.method import (
     make_method,
     parse_method,
 )
+from attention.sparse import TopK
 
 __all__ = [
     "METHODS",
@@ -28,6 +29,7 @@ __all__ = [
     "Method",
     "Params",
     "Performer",
+    "TopK",
     "UnsupportedError",
     "attention_steps",
     "certified_attention",

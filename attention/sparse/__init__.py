@@ -1,0 +1,5 @@
+"""Sparse attention: which keys each row reads, with bounds on what the others could have changed."""
+
+from attention.sparse.topk import TopK
+
+__all__ = ["TopK"]

@@ -1,0 +1,139 @@
+"""Softmax attention over the keys with the largest logits."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from attention.cache import Cached
+from attention.exact import softmax, weighted_values
+from attention.inputs import Inputs
+from attention.method import Capabilities, Certificate, Cost, check_positive
+from attention.sparse.bounds import sparse_certificate
+from attention.sparse.threshold import kth_largest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK(Cached):
+    r"""Softmax over the k visible keys with the largest logits in each row; all that tie with the k-th are kept.
+
+        o_i = sum_{j in A_i} e^{l_ij} v_j / sum_{j in A_i} e^{l_ij},    A_i = {j visible : l_ij >= k-th largest}
+
+    Since ties are kept, the order of the keys does not matter, and equal logits give the mean over all visible
+    keys. Gradients flow through the kept entries; which are kept is piecewise constant.
+
+    Cost: 2 T S H operations for the scores, about 2 T S for each of up to 33 passes of the selection (65 in
+    float64), and 2 T S E for the weighted values a head: the time is quadratic. One head and one chunk of
+    queries is worked on at a time, so the memory is O((T + S) (H + E) + query_chunk G S), backward too.
+    Error bound: tau diam(V) with the dropped mass tau computed exactly up to rounding, and rounding itself
+    (`attention.sparse.bounds.sparse_certificate`).
+
+    Attributes:
+        k: keys kept in a row.
+        query_chunk: queries worked on at once.
+
+    References:
+        Gupta et al., "Memory-efficient Transformers via Top-k Attention", arXiv 2106.06899, section 2.
+    """
+
+    k: int = 64
+    query_chunk: int = 128
+
+    capabilities = Capabilities(
+        causal=True,
+        window=True,
+        lengths=True,
+        segments=True,
+        dense_mask=True,
+        bias=True,
+        soft_cap=True,
+        cross=True,
+        decoding=True,
+        certificate="deterministic",
+        sees_all=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "k", "query_chunk")
+
+    @classmethod
+    def examples(cls) -> "tuple[TopK, ...]":
+        return (cls(k=4, query_chunk=5),)
+
+    def ladder(self, length: int) -> "tuple[TopK, ...]":
+        return tuple(dataclasses.replace(self, k=max(1, length // share)) for share in (16, 4, 2, 1))
+
+    def exact_limit(self, length: int) -> "TopK":
+        return dataclasses.replace(self, k=length)
+
+    def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
+        return self._by_rows(inputs, lambda logits, threshold, value: weighted_values(_kept(logits, threshold), value))
+
+    def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
+        def rows(logits, threshold, value):
+            return weighted_values(_kept(logits, threshold), value), _tail(logits, threshold)
+
+        output, tail = self._by_rows(inputs, rows)
+        return output, sparse_certificate(inputs, tail, work=1.0)
+
+    def _by_rows(self, inputs: Inputs, rows: Callable[[Array, Array, Array], Any]) -> Any:
+        """`rows(logits, threshold, value)` for one head and one chunk of queries after another, as `B K G T ...`.
+
+        The backward pass computes the logits anew and keeps the thresholds, one number a row.
+        """
+        (B, K), T, S = inputs.query.shape[:2], inputs.mask.num_queries, inputs.mask.num_keys
+        C = min(self.query_chunk, T)
+        keep_thresholds = jax.checkpoint_policies.save_only_these_names("threshold")
+
+        def head(index):
+            own = inputs.one_head(index // K, index % K)
+
+            def chunk(row):
+                logits = own.masked_scores(row, C, 0, S)
+                return rows(logits, checkpoint_name(kth_largest(logits, self.k), "threshold"), own.value)
+
+            # The last chunk is moved back to end with the last query.
+            starts = jnp.minimum(jnp.arange(0, T, C), T - C)
+            return jax.tree.map(_rows_joined(T), lax.map(jax.checkpoint(chunk, policy=keep_thresholds), starts))
+
+        return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), lax.map(head, jnp.arange(B * K)))
+
+    def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
+        """The selection is counted at all its passes in float32; a tile of logits passes through memory in each."""
+        del is_causal  # the masked half is computed too
+        passes = 33
+        flops = num_heads * T * S * (4.0 * head_dim + 2.0 * passes)
+        chunks = -(-T // min(self.query_chunk, T))
+        operands = num_heads * head_dim * (2.0 * T + 2.0 * S * chunks)
+        return Cost(flops, 4.0 * (operands + num_heads * T * S * (passes + 4.0)))
+
+
+def _kept(logits: Float[Array, "*N S"], threshold: Float[Array, "*N 1"]) -> Float[Array, "*N S"]:
+    """Softmax over the entries not below the threshold; NaN is kept, so that it cannot go unnoticed."""
+    return softmax(jnp.where(logits < threshold, -jnp.inf, logits))
+
+
+def _tail(logits: Float[Array, "*N S"], threshold: Float[Array, "*N 1"]) -> Float[Array, "*N"]:
+    """The share of the entries below the threshold in the sum of exponentials, each counted as at least `tiny`."""
+    top = logits.max(-1, keepdims=True)
+    terms = jnp.exp(jnp.where(jnp.isneginf(logits), -jnp.inf, logits - top))
+    dropped = (logits < threshold) & (logits > -jnp.inf)
+    tail = jnp.where(dropped, jnp.maximum(terms, jnp.finfo(logits.dtype).tiny), 0).sum(-1)
+    return tail / jnp.where(tail > 0, tail + jnp.where(dropped, 0, terms).sum(-1), 1)
+
+
+def _rows_joined(T: int) -> Callable[[Array], Array]:
+    """From `chunks 1 1 G C ...`, the last chunk ending with the last of T rows, to `G T ...`."""
+
+    def joined(chunks):
+        chunks = jnp.moveaxis(chunks[:, 0, 0], 1, 0)
+        G, count, C = chunks.shape[:3]
+        whole = chunks[:, :-1].reshape(G, (count - 1) * C, *chunks.shape[3:])
+        return jnp.concatenate([whole, chunks[:, -1, count * C - T :]], axis=1)
+
+    return joined
