@@ -4,6 +4,7 @@ The import line of a method is its registration.
 """
 
 from attention.api import attention_steps, certified_attention, dot_product_attention
+from attention.chunked import Chunked
 from attention.exact import AttentionSteps, Exact
 from attention.linear import Performer
 from attention.method import (
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionSteps",
     "Capabilities",
     "Certificate",
+    "Chunked",
     "Cost",
     "Exact",
     "Method",

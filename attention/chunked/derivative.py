@@ -1,0 +1,157 @@
+"""The derivative of tiled attention, as one linear map from which JAX derives both modes.
+
+With P = exp(logits - residual) recomputed tile by tile, a change of the operands moves the logits by dl and
+
+    d residual = rowsum(P dl),    d output = (P dl) V + P dV - output rowsum(P dl).
+
+That map is written once, linear in the tangents, with every tile under `jax.checkpoint`. Run as it is, it is
+forward mode. Transposed by JAX, it is the backward pass of FlashAttention-2 (Dao, arXiv 2307.08691, section 3.1.2):
+five matrix products a tile, and nothing kept from the forward pass but the output and one number a row. As it is
+made of differentiable pieces, either can be differentiated again.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from attention.chunked.online import attend, visible
+from attention.chunked.tiles import Tiles, banded, span
+from attention.inputs import Inputs
+from attention.masks import slice_or_keep
+
+Tangents = dict[str, jax.Array]
+
+_OPERANDS = ("query", "key", "value", "bias", "soft_cap")
+
+# The axis along which each operand is cut by the loops over batch elements, key heads, queries and keys.
+_BATCH = {"query": 0, "key": 0, "value": 0, "bias": 0}
+_HEADS = {"query": 1, "key": 1, "value": 1, "bias": 1}
+_QUERIES = {"query": 3, "bias": 3}
+_KEYS = {"key": 2, "value": 2, "bias": 4}
+
+
+def attention(inputs: Inputs, queries: Tiles, keys: Tiles):
+    """`online.attend`, with the derivative of this file."""
+    operands = {name: getattr(inputs, name) for name in _OPERANDS if getattr(inputs, name) is not None}
+    arrays, form = jax.tree.flatten(inputs.mask)
+    return _attention(operands, arrays, form, queries, keys)
+
+
+# The mask travels as bare arrays, because its tangents are no mask.
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _attention(operands: Tangents, arrays: list[jax.Array], form, queries: Tiles, keys: Tiles):
+    return attend(Inputs(mask=jax.tree.unflatten(form, arrays), **operands), queries, keys)
+
+
+@partial(_attention.defjvp, symbolic_zeros=True)
+def _attention_jvp(form, queries: Tiles, keys: Tiles, primals, tangents):
+    operands, arrays = primals
+    output, residual = _attention(operands, arrays, form, queries, keys)
+    moving = {name: x for name, x in tangents[0].items() if not isinstance(x, SymbolicZero)}
+    # Accumulated in the precision of the query, and rounded to that of the operand once, at the end.
+    moving = {name: x.astype(output.dtype) for name, x in moving.items()}
+    inputs = Inputs(mask=jax.tree.unflatten(form, arrays), **operands)
+    return (output, residual), tangent_of(inputs, output, residual, moving, queries, keys)
+
+
+def tangent_of(inputs: Inputs, output, residual, tangents: Tangents, queries: Tiles, keys: Tiles):
+    """The tangents of output and residual, linear in `tangents`, which has the operands that move, by name."""
+    B, K = inputs.key.shape[:2]
+
+    def batch(b, tangents):
+        return _mapped(partial(head, b), tangents, _HEADS, Tiles(K, 1))
+
+    def head(b, k, tangents):
+        one = inputs.one_head(b, k)
+        mine = [lax.dynamic_slice(x, (b, k, *(0,) * (x.ndim - 2)), (1, 1, *x.shape[2:])) for x in (output, residual)]
+        tiles = _mapped(partial(_query_tile, one, *mine, queries, keys), tangents, _QUERIES, queries)
+        return queries.join(tiles[0], 3), queries.join(tiles[1], 3)
+
+    moved = _mapped(batch, tangents, _BATCH, Tiles(B, 1))
+    return tuple(x.reshape(y.shape) for x, y in zip(moved, (output, residual), strict=True))
+
+
+def _query_tile(head: Inputs, output, residual, queries: Tiles, keys: Tiles, i, tangents: Tangents):
+    """The tangents of output and residual in query tile i of one head."""
+    row = queries.start(i)
+    query, output, residual = (
+        lax.dynamic_slice_in_dim(x, row, queries.size, axis=3) for x in (head.query, output, residual)
+    )
+    reads = span(head.mask, i, queries, keys)
+    # A row that sees no key has no weights: exp(l - inf) = 0.
+    level = jnp.where(jnp.isneginf(residual), jnp.inf, residual)
+
+    def add(j, tangents, carry):
+        weighted, moved = carry
+        tile = _tile(head, query, row, queries, keys.start(j), keys)
+        weights, change = _weights(tile, level, visible(head, row, queries, j, keys), tangents)
+        if change is not None:
+            change = weights * change
+            weighted += _times(change, tile.value)
+            moved += change.sum(-1)
+        if "value" in tangents:
+            weighted += _times(weights, tangents["value"])
+        return weighted, moved
+
+    def step(carry, tile):
+        j, scanned = tile
+        here = fixed | scanned
+        if not banded(head.mask):
+            return add(j, here, carry), None
+        wanted = (reads.first <= j) & (j < reads.end)
+        return lax.cond(wanted, add, lambda j, tangents, carry: carry, j, here, carry), None
+
+    scanned, fixed = _told_apart(tangents, _KEYS, keys)
+    none = (jnp.zeros_like(output), jnp.zeros_like(residual))
+    tiles = (jnp.arange(keys.count), scanned)
+    (weighted, moved), _ = lax.scan(jax.checkpoint(step, prevent_cse=False), none, tiles)
+    return weighted - output * moved[..., None], moved
+
+
+def _tile(head: Inputs, query, row, queries: Tiles, col, keys: Tiles) -> Inputs:
+    """The operands of one tile, in the precision of the query; the mask stays that of the head."""
+    key, value = (lax.dynamic_slice_in_dim(x, col, keys.size, axis=2) for x in (head.key, head.value))
+    bias = head.bias
+    if bias is not None:
+        bias = slice_or_keep(slice_or_keep(bias, row, queries.size, 3), col, keys.size, 4).astype(query.dtype)
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    return dataclasses.replace(head, query=query, key=key, value=value, bias=bias)
+
+
+def _weights(tile: Inputs, level, seen, tangents: Tangents):
+    """The softmax weights of a tile, and how far its logits move; None where nothing moves them."""
+
+    def logits(moving):
+        queries, keys = tile.query.shape[3], tile.key.shape[2]
+        return jnp.where(seen, dataclasses.replace(tile, **moving).scores(0, queries, 0, keys), -jnp.inf)
+
+    moving = {name: tangent for name, tangent in tangents.items() if name != "value"}
+    if not moving:
+        return jnp.exp(logits({}) - level[..., None]), None
+    at, change = jax.jvp(logits, ({name: getattr(tile, name) for name in moving},), (moving,))
+    return jnp.exp(at - level[..., None]), change
+
+
+def _times(weights, value):
+    return jnp.einsum("BKGTS,BKSE->BKGTE", weights, value.astype(weights.dtype), precision=lax.Precision.HIGHEST)
+
+
+def _told_apart(tangents: Tangents, axes: dict[str, int], tiles: Tiles) -> tuple[Tangents, Tangents]:
+    """The tangents that a loop over tiles takes one at a time, split; and those that every tile shares."""
+    # An axis of size 1 stands for every index, unless the axis itself has that length and then both mean the same.
+    cut = {n for n in tangents if n in axes and tangents[n].shape[axes[n]] == tiles.length}
+    split = {name: tiles.split(tangents[name], axes[name]) for name in sorted(cut)}
+    return split, {name: x for name, x in tangents.items() if name not in cut}
+
+
+def _mapped(body, tangents: Tangents, axes: dict[str, int], tiles: Tiles):
+    """`body(i, tangents of tile i)` for every tile, stacked; the body is recomputed when it is transposed."""
+    if tiles.count == 1:
+        return jax.tree.map(lambda x: x[None], body(0, tangents))
+    scanned, fixed = _told_apart(tangents, axes, tiles)
+    again = jax.checkpoint(lambda i, scanned, fixed: body(i, fixed | scanned), prevent_cse=False)
+    return lax.map(lambda tile: again(*tile, fixed), (jnp.arange(tiles.count), scanned))

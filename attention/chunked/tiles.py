@@ -1,0 +1,94 @@
+"""Cutting an axis into tiles of one size, and which tiles of keys a tile of queries has to read."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from attention.masks import Mask
+
+
+class Tiles(NamedTuple):
+    """An axis of `length` cut into tiles of `size`; where the last would stand over, it is moved back.
+
+    Tile i owns the indices [i * size, min((i + 1) * size, length)). The last one reads up to size - 1 more, which
+    the tile before it owns. Nothing is padded, and all tiles have one shape.
+    """
+
+    length: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.length // self.size)
+
+    @property
+    def overlap(self) -> int:
+        """How many indices the last tile shares with the one before."""
+        return self.count * self.size - self.length
+
+    def start(self, i) -> Int[Array, ""] | int:
+        """The first index that tile i reads."""
+        if isinstance(i, int):
+            return min(i * self.size, self.length - self.size)
+        return jnp.minimum(i * self.size, self.length - self.size)
+
+    def owned(self, i) -> Bool[Array, " size"]:
+        """Which of the indices that tile i reads are its own."""
+        return self.start(i) + jnp.arange(self.size) >= i * self.size
+
+    def split(self, x: Array, axis: int) -> Array:
+        """The tiles of an array, stacked in front; it is copied only if there is an overlap."""
+        whole = self.length // self.size
+        shape = (*x.shape[:axis], whole, self.size, *x.shape[axis + 1 :])
+        tiles = jnp.moveaxis(lax.slice_in_dim(x, 0, whole * self.size, axis=axis).reshape(shape), axis, 0)
+        if not self.overlap:
+            return tiles
+        last = lax.slice_in_dim(x, self.length - self.size, self.length, axis=axis)
+        return jnp.concatenate([tiles, last[None]])
+
+    def join(self, tiles: Array, axis: int) -> Array:
+        """The array whose tiles are stacked in front, each contributing what it owns."""
+        whole = self.length // self.size
+        joined = jnp.moveaxis(tiles[:whole], 0, axis)
+        joined = joined.reshape(*joined.shape[:axis], whole * self.size, *joined.shape[axis + 2 :])
+        if not self.overlap:
+            return joined
+        return jnp.concatenate([joined, lax.slice_in_dim(tiles[-1], self.overlap, self.size, axis=axis)], axis=axis)
+
+
+class Span(NamedTuple):
+    """The key tiles of one query tile: [first, end) hold a visible key, [open, shut) nothing but visible keys."""
+
+    first: Int[Array, ""] | int
+    open: Int[Array, ""] | int
+    shut: Int[Array, ""] | int
+    end: Int[Array, ""] | int
+
+
+def banded(mask: Mask) -> bool:
+    """Whether causality, a window or lengths may leave whole tiles unseen."""
+    lengths = mask.query_lengths is not None or mask.key_lengths is not None
+    return mask.causal or mask.window is not None or lengths
+
+
+def irregular(mask: Mask) -> bool:
+    """Whether any tile may be masked in part."""
+    return mask.query_segments is not None or mask.dense is not None
+
+
+def span(mask: Mask, i, queries: Tiles, keys: Tiles) -> Span:
+    """What query tile i reads, for a mask of one batch element. Segments and dense masks skip nothing."""
+    if not banded(mask):
+        return Span(0, 0, 0 if irregular(mask) else keys.length // keys.size, keys.count)
+    first, last = (
+        lax.dynamic_slice_in_dim(x, queries.start(i), queries.size, axis=1)[0] for x in mask.key_range()
+    )
+    seeing = first <= last
+    lowest = jnp.where(seeing, first, keys.length).min() // keys.size
+    end = jnp.where(seeing, last, -1).max() // keys.size + 1
+    if irregular(mask):
+        return Span(lowest, lowest, lowest, end)
+    opened = jnp.clip(-(-first.max() // keys.size), lowest, end)
+    return Span(lowest, opened, jnp.clip((last.min() + 1) // keys.size, opened, end), end)
