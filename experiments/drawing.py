@@ -23,7 +23,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 INK = "#1b1b1f"
 """The colour of text and axes; the report replaces it by the reader's own."""
 
-STYLE = {
+COLUMNS = 4
+"""Panels in a row, at most."""
+
+STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -43,14 +46,19 @@ STYLE = {
 
 
 def panels(count: int, *, width: float = 3.1, height: float = 2.9, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, at most four a row."""
-    columns = min(count, 4)
+    """A figure with `count` panels, at most `COLUMNS` in a row."""
+    columns = min(count, COLUMNS)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(width * columns, 4.2) + 0.8, height * rows + 0.4))
     grid = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
     for unused in grid[count:]:
         unused.set_visible(False)
     return figure, grid[:count]
+
+
+def look(index: int) -> tuple[str, str]:
+    """The colour and the marker of the series with this index."""
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 
 def power(number: float) -> str:
@@ -83,7 +91,7 @@ def beta_colours(results: Results) -> tuple[Colormap, Normalize]:
 def drawn(draw: Callable[[Results], Figure], results: Results) -> dict[str, bytes]:
     """A figure as files, `{"svg": ..., "png": ...}`: the same results give the same bytes."""
     files = {}
-    with mpl.rc_context({**mpl.rcParamsDefault, "backend": "Agg", **STYLE}):
+    with mpl.rc_context(dict(mpl.rcParamsDefault) | STYLE):
         figure = draw(results)
         for kind, metadata in (("svg", {"Date": None}), ("png", {})):
             buffer = io.BytesIO()

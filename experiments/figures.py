@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from experiments.drawing import COLOURS, INK, MARKERS, beta_axis, beta_colours, panels, power, wrapped
+from experiments.drawing import COLUMNS, INK, beta_axis, beta_colours, look, panels, power, wrapped
 from experiments.summary import Results, by_beta, cells, final, grouped, labels, points_of
 
 
@@ -24,11 +24,10 @@ Cells on a rising diagonal share beta = scale / temperature."""
     losses = [loss.mean for grid in found.values() for loss in grid.values() if not math.isnan(loss.mean)] or [0.0]
     colours = ScalarMappable(Normalize(min(losses), max(losses)), mpl.colormaps["cividis"])
     figure, grid = panels(len(found))
-    for axes, (key, losses_of) in zip(grid, found.items(), strict=True):
+    for index, (axes, (key, losses_of)) in enumerate(zip(grid, found.items(), strict=True)):
         _heat_map(axes, losses_of, colours)
         axes.set_title(wrapped(labels(results)[key]))
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("scale")
+        axes.set_ylabel("" if index % COLUMNS else "scale")
     figure.colorbar(colours, ax=grid, label="validation loss (nats / byte)", shrink=0.85)
     return figure
 
@@ -39,7 +38,9 @@ def _heat_map(axes: Axes, losses: dict[tuple[float, float], Any], colours: Scala
     table = np.full((len(scales), len(temperatures)), np.nan)
     for (scale, temperature), loss in losses.items():
         table[scales.index(scale), temperatures.index(temperature)] = loss.mean
-    axes.pcolormesh(table, cmap=colours.get_cmap(), norm=colours.norm, edgecolors="face")
+    paper = colours.to_rgba(table)
+    paper[np.isnan(table)] = 0
+    axes.pcolormesh(paper, edgecolors="face")
     axes.invert_yaxis()
     for (row, column), number in np.ndenumerate(table):
         if (scales[row], temperatures[column]) in losses:
@@ -72,8 +73,9 @@ knows of either. Bars span the seeds."""
         reach = [[losses[b].mean - losses[b].low for b in shown], [losses[b].high - losses[b].mean for b in shown]]
         # Methods that coincide would hide each other: earlier ones are drawn larger, later ones on top of them.
         size = 11 - 7 * index / max(len(labels(results)) - 1, 1)
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": size}
-        axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, linewidth=size / 4, capthick=1, **style)
+        colour, marker = look(index)
+        bars = axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, color=colour, marker=marker)
+        bars[0].set(markersize=size, linewidth=size / 4)
         betas += shown
     beta_axis(axes, betas)
     axes.set_ylabel("validation loss (nats / byte)")
@@ -127,14 +129,14 @@ attention spread evenly over the visible keys."""
             heads = np.array([np.mean([_last_entropy(p) for p in groups[beta]], axis=0) for beta in shown])
             layers = max(layers, heads.shape[1])
             for layer in range(heads.shape[1]):
-                style = {"color": COLOURS[layer % len(COLOURS)], "marker": MARKERS[layer % len(MARKERS)]}
-                axes.plot(shown, heads[:, layer], markersize=4, linewidth=1.1, alpha=0.85, **style)
+                colour, marker = look(layer)
+                axes.plot(shown, heads[:, layer], color=colour, marker=marker, markersize=4, linewidth=1.1, alpha=0.85)
         context = results["programs"][key]["config"]["model"]["context"]
         axes.axhline(np.mean(np.log(np.arange(1, context + 1))), linestyle=":", linewidth=1.2, color=INK)
         axes.set_title(wrapped(label))
         beta_axis(axes, list(groups))
     grid[0].set_ylabel("entropy (nats)")
-    keys = [Line2D([], [], color=COLOURS[i % 6], marker=MARKERS[i % 10], label=f"layer {i}") for i in range(layers)]
+    keys = [Line2D([], [], color=look(i)[0], marker=look(i)[1], label=f"layer {i}") for i in range(layers)]
     grid[0].legend(handles=keys, fontsize=8)
     return figure
 
@@ -149,7 +151,7 @@ step."""
     figure, grid = panels(3, width=3.3, height=0.9 + 0.32 * len(labels(results)), sharey=True)
     names = [label.replace("\n", " ") for label in labels(results).values()]
     for row, (key, program) in enumerate(results["programs"].items()):
-        colour = COLOURS[row % len(COLOURS)]
+        colour, _ = look(row)
         steps = [1e3 * p["timings"]["seconds_per_step"] for p in points_of(results, key)]
         grid[0].barh(row, np.median(steps) if steps else 0.0, color=colour, alpha=0.85)
         grid[0].plot(steps, [row] * len(steps), linestyle="", marker="|", color=INK, markersize=6)

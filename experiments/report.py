@@ -17,6 +17,7 @@ import jinja2
 import tyro
 from markupsafe import Markup
 
+from experiments.cli import exit_code
 from experiments.drawing import drawn, inlined
 from experiments.figures import FIGURES
 from experiments.files import write_bytes, write_text
@@ -141,13 +142,12 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.report", description=__doc__)
-    try:
+
+    def command() -> None:
+        options = tyro.cli(Options, args=arguments, prog="python -m experiments.report", description=__doc__)
         print(f"report: {write_report(options.folder, load_results(options.folder))}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(command)
 
 
 if __name__ == "__main__":

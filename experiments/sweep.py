@@ -13,22 +13,21 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from attention.method import UnsupportedError
 from experiments.axes import Axes, parse_axis, product
 from experiments.campaign import Plan, execute, make_plan
+from experiments.cli import exit_code, parse
 from experiments.config import Run
 from experiments.display import cells, table
 from experiments.files import is_disk_full
 from experiments.paths import look_up, paths
 from experiments.presets import Sweep, load_preset, preset_names
 from experiments.report import write_report
-from experiments.runtime import Interrupted, enable_compilation_cache
+from experiments.runtime import enable_compilation_cache
 from experiments.summary import Results, point_row, points_of
 
 PROGRAM = "python -m experiments.sweep"
@@ -50,19 +49,23 @@ class Options:
     """Replace the sweep of this name, whatever it is."""
 
 
-def sweep(plan: Plan, console: Console) -> Path:
-    """Runs what is left of a plan, writes results and report, prints the table; returns the report's path.
+def sweep(plan: Plan, console: Console) -> None:
+    """Runs what is left of a plan, writes results and report, prints the table and where they are.
 
     Raises:
         Interrupted: SIGTERM or SIGINT; finished points are saved, and so are the results so far.
         OSError: the disk is full, or the folder cannot be written; finished points are intact.
     """
-    results = execute(plan, console)
-    report = write_report(plan.folder, results)
+    try:
+        results = execute(plan, console)
+        report = write_report(plan.folder, results)
+    except OSError as error:
+        advice = "; free some space" if is_disk_full(error) else ""
+        message = f"{error.strerror or error} while writing to {plan.folder}; finished points are intact{advice}"
+        raise OSError(error.errno, f"{message}, and run the same command again") from error
     console.print(table([cells(row) for row in _rows(results)]))
     console.print(f"results: {plan.folder / 'results.json'}", highlight=False, soft_wrap=True)
     console.print(f"report:  {report}", highlight=False, soft_wrap=True)
-    return report
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
@@ -83,13 +86,8 @@ def read_command(arguments: list[str]) -> Plan:
     name, *rest = arguments
     preset, description = load_preset(name)
     default = dataclasses.replace(preset.base, name=name if preset.base.name == Run().name else preset.base.name)
-    options, run = tyro.cli(
-        _command(default),
-        args=rest,
-        prog=f"{PROGRAM} {name}",
-        description=f"{description}\n\n{_about()}",
-        config=(tyro.conf.ConsolidateSubcommandArgs,),
-    )
+    about = f"{description}\n\n{_about()}"
+    options, run = parse(_command(default), rest, f"{PROGRAM} {name}", description=about)
     axes = product(*(parse_axis(text) for text in options.axes)) if options.axes else preset.axes
     _refuse_swept_options(preset, run, axes)
     command = shlex.join([*PROGRAM.split(), *arguments])
@@ -140,20 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     enable_compilation_cache()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
-    try:
-        sweep(read_command(sys.argv[1:] if arguments is None else arguments), console)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    except (ValueError, FileNotFoundError, UnsupportedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        advice = "; finished points are intact: free some space and run the same command again"
-        print(f"error: {error}{advice if is_disk_full(error) else ''}", file=sys.stderr)
-        return 1
-    return 0
+        console = Console(width=140)  # a log has no width of its own
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return exit_code(lambda: sweep(read_command(arguments), console))
 
 
 if __name__ == "__main__":
