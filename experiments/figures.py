@@ -74,7 +74,8 @@ knows of either. Bars span the seeds."""
         # Methods that coincide would hide each other: earlier ones are drawn larger, later ones on top of them.
         size = 11 - 7 * index / max(len(labels(results)) - 1, 1)
         colour, marker = look(index)
-        bars = axes.errorbar(shown, means, yerr=reach, label=label, capsize=3, color=colour, marker=marker)
+        spans = reach if np.any(reach) else None
+        bars = axes.errorbar(shown, means, yerr=spans, label=label, capsize=3, color=colour, marker=marker)
         bars[0].set(markersize=size, linewidth=size / 4)
         betas += shown
     beta_axis(axes, betas)
