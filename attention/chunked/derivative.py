@@ -37,14 +37,14 @@ _KEYS = {"key": 2, "value": 2, "bias": 4}
 def attention(inputs: Inputs, queries: Tiles, keys: Tiles):
     """`online.attend`, with the derivative of this file."""
     operands = {name: getattr(inputs, name) for name in _OPERANDS if getattr(inputs, name) is not None}
-    arrays, form = jax.tree.flatten(inputs.mask)
+    arrays, form = jax.tree.flatten((inputs.mask, inputs.beta))
     return _attention(operands, arrays, form, queries, keys)
 
 
-# The mask travels as bare arrays, because its tangents are no mask.
+# The mask travels as bare arrays, because its tangents are no mask; and beta, which the query carries, moves nothing.
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _attention(operands: Tangents, arrays: list[jax.Array], form, queries: Tiles, keys: Tiles):
-    return attend(Inputs(mask=jax.tree.unflatten(form, arrays), **operands), queries, keys)
+    return attend(_inputs(operands, arrays, form), queries, keys)
 
 
 @partial(_attention.defjvp, symbolic_zeros=True)
@@ -54,8 +54,13 @@ def _attention_jvp(form, queries: Tiles, keys: Tiles, primals, tangents):
     moving = {name: x for name, x in tangents[0].items() if not isinstance(x, SymbolicZero)}
     # Accumulated in the precision of the query, and rounded to that of the operand once, at the end.
     moving = {name: x.astype(output.dtype) for name, x in moving.items()}
-    inputs = Inputs(mask=jax.tree.unflatten(form, arrays), **operands)
+    inputs = _inputs(operands, arrays, form)
     return (output, residual), tangent_of(inputs, output, residual, moving, queries, keys)
+
+
+def _inputs(operands: Tangents, arrays: list[jax.Array], form) -> Inputs:
+    mask, beta = jax.tree.unflatten(form, arrays)
+    return Inputs(mask=mask, beta=beta, **operands)
 
 
 def tangent_of(inputs: Inputs, output, residual, tangents: Tangents, queries: Tiles, keys: Tiles):

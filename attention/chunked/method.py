@@ -2,19 +2,46 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attention.cache import Cached
 from attention.chunked.derivative import attention
 from attention.chunked.sizes import chosen
+from attention.chunked.tiles import Tiles
 from attention.exact import Exact, exact_certificate
 from attention.inputs import Inputs
-from attention.method import Capabilities, Certificate, Cost, check_positive
+from attention.method import Certificate, Cost, check_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunked(Cached):
+    """softmax(beta Q K^T + bias) V by online softmax over tiles, which no one ever sees all at once.
+
+    For each tile of queries, tiles of keys are read in turn; with l the logits of a tile, (m, z, a) becomes
+
+        m' = max(m, rowmax l),  z' = e^(m - m') z + rowsum e^(l - m'),  a' = e^(m - m') a + e^(l - m') V
+
+    and the output is a / z. Tiles that causality, the window or lengths rule out are not read, and only those on
+    the edge of a band are masked. The G query heads of a key head share each tile of keys and values.
+
+    Attributes:
+        query_chunk: queries in a tile; None for 512 rows of all query heads of a key head together.
+        key_chunk: keys in a tile; None for 2**18 logits in a tile.
+
+    Cost: 2 T S (H + E) operations a head forward, 5 T S (H + E) backward, those of tiles that nothing sees left
+    out; O((T + S) (H + E)) memory, forward and backward, for derivatives of first order in either mode.
+    Derivatives of second order keep O(T / query_chunk) copies of the keys.
+    Error bound: `attention.exact.rounding_bound` with one rescaling a key tile.
+
+    Raises:
+        ValueError: a chunk is not an integer of at least 1.
+
+    References:
+        Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867, section 3.
+        Rabe and Staats, "Self-attention does not need O(n^2) memory", arXiv 2112.05682, section 2.
+        Dao, "FlashAttention-2", arXiv 2307.08691, section 3.1.
+    """
+
     query_chunk: int | None = None
     key_chunk: int | None = None
 
@@ -27,16 +54,25 @@ class Chunked(Cached):
         return self.attend_with_residual(inputs)[0]
 
     def attend_with_residual(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
-        return attention(inputs, *chosen(inputs, self.query_chunk, self.key_chunk))
+        return attention(inputs, *self._tiles(inputs))
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
-        _, keys = chosen(inputs, self.query_chunk, self.key_chunk)
+        # The exponents of the rescalings telescope: maxima only grow, so that |l - m_1| + |m_1 - m_2| + ... is
+        # |l - max|, as without tiles. What is left is one exponential and one product a tile. A tile's sum and the
+        # running sum together are one order of summation of the visible keys; masked ones add exact zeros.
+        _, keys = self._tiles(inputs)
         return self.attend(inputs), exact_certificate(inputs, rescalings=keys.count)
 
+    def _tiles(self, inputs: Inputs) -> tuple[Tiles, Tiles]:
+        T, S, G = inputs.mask.num_queries, inputs.mask.num_keys, inputs.query.shape[2]
+        return chosen(T, S, G, self.query_chunk, self.key_chunk)
+
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
-        share = 0.5 if is_causal else 1.0
-        return Cost(share * 4.0 * num_heads * T * S * head_dim, 1)
+        queries, keys = chosen(T, S, 1, self.query_chunk, self.key_chunk)
+        ends = [min(queries.start(i) + queries.size, S) if is_causal else S for i in range(queries.count)]
+        read = sum(-(-end // keys.size) * keys.size for end in ends)  # keys, once for each tile of queries
+        return Cost(4.0 * num_heads * queries.size * read * head_dim, 4.0 * num_heads * (2 * T + 2 * read) * head_dim)
 
     @classmethod
     def examples(cls) -> "tuple[Chunked, ...]":
-        return (cls(), cls(query_chunk=5, key_chunk=3))
+        return (cls(), cls(query_chunk=5, key_chunk=3))  # one tile; tiles that fit neither 13 nor 16 tokens

@@ -91,9 +91,7 @@ def _step(head: Inputs, row, queries: Tiles, keys: Tiles, masked: bool) -> Calla
         weights = jnp.exp(logits - finite(top)[..., None])
         kept = jnp.exp(part.top - finite(top))
         value = lax.dynamic_slice_in_dim(head.value, keys.start(j), keys.size, axis=2)
-        gained = jnp.einsum(
-            "BKGTS,BKSE->BKGTE", weights, value.astype(weights.dtype), precision=lax.Precision.HIGHEST
-        )
+        gained = jnp.einsum("BKGTS,BKSE->BKGTE", weights, value.astype(weights.dtype), precision=lax.Precision.HIGHEST)
         return Partial(top, part.total * kept + weights.sum(-1), part.values * kept[..., None] + gained)
 
     return step

@@ -82,9 +82,7 @@ def span(mask: Mask, i, queries: Tiles, keys: Tiles) -> Span:
     """What query tile i reads, for a mask of one batch element. Segments and dense masks skip nothing."""
     if not banded(mask):
         return Span(0, 0, 0 if irregular(mask) else keys.length // keys.size, keys.count)
-    first, last = (
-        lax.dynamic_slice_in_dim(x, queries.start(i), queries.size, axis=1)[0] for x in mask.key_range()
-    )
+    first, last = (lax.dynamic_slice_in_dim(x, queries.start(i), queries.size, axis=1)[0] for x in mask.key_range())
     seeing = first <= last
     lowest = jnp.where(seeing, first, keys.length).min() // keys.size
     end = jnp.where(seeing, last, -1).max() // keys.size + 1
