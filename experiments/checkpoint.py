@@ -1,6 +1,8 @@
 """Checkpoints of a run: the state and the position in the data, verified when they are read."""
 
+import errno
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         arrays = _arrays(state)
+        # Asked before writing: orbax's threads say it too, but in tracebacks of their own. Twice the size of the
+        # arrays leaves room for indexes and for the logs.
+        if shutil.disk_usage(self._path).free < 2 * sum(x.nbytes for x in arrays.values()):
+            raise OSError(errno.ENOSPC, f"no space left for checkpoint {step} in {self._path}")
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
             data=grain.checkpoint.CheckpointSave(batches),

@@ -1,5 +1,6 @@
 """What the commands share: parsing with help for a wrong name, and errors as one line with an exit code."""
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,8 @@ def exit_code(command: Callable[[], None]) -> int:
         0 if it finished; 1 if a number stopped being finite or the system refused (a full disk); 2 for a wrong
         option or input; 128 + the signal's number if it was asked to stop: 130 for SIGINT, 143 for SIGTERM.
     """
+    # Orbax logs the tracebacks of its threads; what they raise arrives here, too, and is said in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         command()
     except Interrupted as stopped:

@@ -28,7 +28,7 @@ def test_a_folder_is_its_files_in_order_of_their_paths(tmp_path):
     read = corpus(str(tmp_path))
     assert read.tokens.tobytes() == b"firstsecond"
     assert read.files == 2
-    assert read.hash == hashlib.sha256(b"a/z.txt\05\0firstb.txt\06\0second").hexdigest()
+    assert read.hash == hashlib.sha256(b"a/z.txt\x005\x00firstb.txt\x006\x00second").hexdigest()
 
 
 @pytest.mark.parametrize(("first", "second"), [("one", "on" + "e!"), ("name", "name2")])

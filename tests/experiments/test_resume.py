@@ -138,7 +138,7 @@ def test_with_no_readable_checkpoint_a_run_begins_again(tiny, reference):
         damage_all(step)
     train(run, view=viewer(99, None, views))
     assert "cannot be read" in views[-1].said[0]
-    assert views[-1].said[1].endswith("goes on after step 0 of 30")
+    assert views[-1].said[2].endswith("goes on after step 0 of 30")
     assert_same_end(run, reference)
 
 

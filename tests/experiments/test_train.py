@@ -285,9 +285,9 @@ def test_the_tensor_that_overflows_first_is_named(tiny):
                 n: x.at[..., -1:].set(bad) if x.ndim else jnp.asarray(bad) for n, x in tensors.items() if n == name
             }
             assert int(first_nonfinite({**tensors, **broken})) == index
+    pending = Pending(list(tensors))
+    pending.add(3, {"loss": jnp.ones(()), "nonfinite": jnp.int32(1)})
     with pytest.raises(NonFiniteError, match="step 3: gradient of a is not finite"):
-        pending = Pending(list(tensors))
-        pending.add(3, {"loss": 1.0, "nonfinite": 1})
         pending.fetch()
 
 
