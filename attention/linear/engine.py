@@ -1,8 +1,9 @@
 """The loops that every feature map shares: bidirectional, strictly causal in chunks, and over a state.
 
-Features can be orthogonal in floating point: where all the products of a row underflow (positive features)
-or cancel (signed ones) its denominator is 0. Such a row gives 0 with 0 gradient, and
-`jax.experimental.checkify` reports it; no constant is added to hide it.
+Features can be orthogonal in floating point: the products of a row underflow (positive features) or cancel
+(signed ones). Where its denominator is no larger than tiny / eps, the smallest normal number over the spacing
+of 1, the terms lost to underflow are no longer below rounding and the estimate is lost. Such a row gives 0 with
+0 gradient, and `jax.experimental.checkify` reports it; no constant is added to hide it.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
+from attention.exact import sees_any
 from attention.inputs import Inputs
 from attention.linear.state import Features, LinearState, absorb, read, read_causally
 
@@ -126,19 +128,18 @@ def _aligned(keys: Keys, offset: Int[Array, " b"] | None, T: int) -> Keys:
 
 
 def _normalised(rows: tuple[Array, Array], inputs: Inputs) -> Float[Array, "B K G T E"]:
-    """Numerators over denominators, `chunks B K G C ...` each; 0 in rows that see no key."""
+    """Numerators over denominators, both `chunks B K G C ...`; 0 in rows that see no key, or have lost theirs."""
     numerator, denominator = (_joined(x, 3, inputs.mask.num_queries) for x in rows)
-    first, last = inputs.mask.key_range()
-    sees = (first <= last)[:, None, None, :]
-    vanished = sees & (denominator == 0)
-    checkify.debug_check(
-        ~vanished.any(),
-        "the denominators of {n} rows vanish: all products of features underflow; "
-        "raise the temperature or shrink the queries and keys",
-        n=vanished.sum(),
-    )
-    valid = sees & ~vanished
-    return jnp.where(valid[..., None], numerator, 0) / jnp.where(valid, denominator, 1)[..., None]
+    size, info = lax.stop_gradient(jnp.abs(denominator)), jnp.finfo(denominator.dtype)
+    sees = sees_any(inputs.mask)
+    lost = sees & (size <= float(info.tiny) / float(info.eps))
+    message = "the denominators of {n} rows vanish: products of features underflow; raise the temperature"
+    checkify.debug_check(~lost.any(), message, n=lost.sum())
+    valid = sees & ~lost
+    # By its own size first: it cancels, and no gradient meets the square of a small denominator.
+    unit = jnp.where(valid, size, 1)
+    total = jnp.where(valid, denominator, 1) / unit
+    return jnp.where(valid[..., None], numerator, 0) / unit[..., None] / total[..., None]
 
 
 def _split(x: Array, axis: int, C: int) -> Array:
