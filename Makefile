@@ -17,7 +17,7 @@ campaign: $(READY)  ## the long forms of the tests
 lint: $(READY)  ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/ty check attention experiments configs tests
+	$(BIN)/ty check attention experiments configs
 
 docs: $(READY)  ## the tables that are made from the registry
 	$(BIN)/python -m experiments.tables
