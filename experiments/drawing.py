@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.summary import Results
 
@@ -74,7 +74,7 @@ def beta_axis(axes: Axes, betas: list[float]) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted({beta for beta in betas if beta > 0})
     axes.set_xticks(ticks[:: math.ceil(len(ticks) / 6)])
-    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: power(number)))
     axes.set_xlabel(r"$\beta$ = scale / temperature")
     axes.grid(alpha=0.25, color="#888888")

@@ -1,6 +1,7 @@
 """The folder of a sweep: what it is, which points are finished, and its results."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ class Store:
         self.folder, self.manifest = folder, manifest
 
     def check(self, *, overwrite: bool) -> None:
-        """Raises ValueError if the folder holds no sweep, or, unless it may be replaced, one that differs."""
+        """Raises ValueError if the folder cannot be written, or holds no sweep, or one that differs and must stay."""
+        nearest = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise ValueError(f"{nearest} is no folder that can be written to: choose another --folder or --name")
         path = self.folder / "sweep.json"
         if not path.exists():
             # A process killed before its first file was in place leaves that file's temporary.

@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 
 import attention
-from experiments import programs
+from experiments import campaign, programs
 from experiments.axes import axis, product
 from experiments.campaign import execute, make_plan
 from experiments.config import Data, Model, Optimizer, Run
 from experiments.files import write_json
+from experiments.population import train_together
 from experiments.presets import Sweep, load_preset, preset_names
 from experiments.report import load_results, write_report
 from experiments.sweep import main, read_command
@@ -126,10 +127,13 @@ def test_a_finished_point_is_never_run_again_and_a_missing_one_ends_the_same(pop
     points = tmp_path / "tiny" / "points"
     (points / f"{whole['points'][1]['id']}.json").unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in points.iterdir()}
+    trained = []
+    monkeypatch.setattr(campaign, "train_together", lambda *args: trained.extend(args[1]) or train_together(*args))
     again = run_sweep(tiny(text, tmp_path), SQUARE, **options)
+    assert {(run.scale, run.temperature) for run in trained} == {(0.25, 2.0)}  # the missing one, in all lanes
     assert without_timings(again) == without_timings(whole)
     assert {name: (points / name).stat().st_mtime_ns for name in kept} == kept
-    monkeypatch.setattr("experiments.campaign.train_together", None)  # nothing is left that could call it
+    monkeypatch.setattr(campaign, "train_together", None)  # nothing is left that could call it
     assert without_timings(run_sweep(tiny(text, tmp_path), SQUARE, **options)) == without_timings(whole)
 
 
@@ -219,6 +223,12 @@ def test_a_foreign_folder_is_left_alone(text, tmp_path):
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_that_cannot_be_one_is_refused(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is no folder that can be written to: choose another --folder"):
+        run_sweep(tiny(text, tmp_path / "file"), product(seed=[0]))
+
+
 def test_a_full_disk_leaves_no_half_written_file(text, tmp_path, monkeypatch, capsys):
     arguments = command(text, tmp_path)[3:]
     written = []
@@ -230,7 +240,7 @@ def test_a_full_disk_leaves_no_half_written_file(text, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert main(arguments) == 1
-    assert "free some space and run the same command again" in capsys.readouterr().err
+    assert "free some space, and run the same command again" in capsys.readouterr().err
     files = [path for path in (tmp_path / "tiny").rglob("*") if path.is_file()]
     assert len(files) == 3
     for path in files:
