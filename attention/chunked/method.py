@@ -75,6 +75,4 @@ class Chunked(Cached):
 
     @classmethod
     def examples(cls) -> "tuple[Chunked, ...]":
-        return (
-            cls(query_chunk=5, key_chunk=3),
-        )  # several tiles at 13 keys, the last of each moved back  # one tile; tiles that fit neither 13 nor 16 tokens
+        return (cls(query_chunk=5, key_chunk=3),)  # tiles that fit neither 13 nor 16 tokens
