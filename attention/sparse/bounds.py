@@ -24,7 +24,7 @@ def value_diameter(inputs: Inputs) -> Float[Array, "B K 1 T"]:
     radius = jnp.minimum(lax.cummax(norms(value), axis=2), lax.cummax(norms(value - value[:, :, :1]), axis=2))
     outward = 1 + (value.shape[-1] + 8) * float(jnp.finfo(value.dtype).eps)
     # Each of the three grows along the prefix, so the maximum over a prefix is its last entry.
-    return max_over_visible(inputs.mask, outward * jnp.minimum(box, 2 * radius))
+    return max_over_visible(inputs.mask, _known(outward * jnp.minimum(box, 2 * radius)))
 
 
 def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, "B K G T"]:
@@ -56,8 +56,13 @@ def sparse_certificate(inputs: Inputs, tail: Float[Array, "B K G T"], *, work: f
     bound = 1.001 * mass * value_diameter(inputs) + rounding_bound(inputs, rescalings=0)
     seen = sees_any(inputs.mask)
     return Certificate(
-        error_bound=jnp.where(seen, bound, 0),
+        error_bound=jnp.where(seen, _known(bound), 0),
         dropped_mass=jnp.where(seen, mass, 0),
         work=jnp.full((), work, bound.dtype),
         kind="deterministic",
     )
+
+
+def _known(bound: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """Infinity for NaN, which infinite values make of differences and of products with 0."""
+    return jnp.where(jnp.isnan(bound), jnp.inf, bound)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from attention.cache import Cached
@@ -84,22 +83,22 @@ class TopK(Cached):
     def _by_rows(self, inputs: Inputs, rows: Callable[[Array, Array, Array], Any]) -> Any:
         """`rows(logits, threshold, value)` for one head and one chunk of queries after another, as `B K G T ...`.
 
-        The backward pass computes the logits anew and keeps the thresholds, one number a row.
+        The backward pass computes logits and thresholds anew: a policy that keeps the thresholds makes `jax.checkpoint`
+        keep a causal mask of T S entries as well.
         """
         (B, K), T, S = inputs.query.shape[:2], inputs.mask.num_queries, inputs.mask.num_keys
         C = min(self.query_chunk, T)
-        keep_thresholds = jax.checkpoint_policies.save_only_these_names("threshold")
 
         def head(index):
             own = inputs.one_head(index // K, index % K)
 
             def chunk(row):
                 logits = own.masked_scores(row, C, 0, S)
-                return rows(logits, checkpoint_name(kth_largest(logits, self.k), "threshold"), own.value)
+                return rows(logits, kth_largest(logits, self.k), own.value)
 
             # The last chunk is moved back to end with the last query.
             starts = jnp.minimum(jnp.arange(0, T, C), T - C)
-            return jax.tree.map(_rows_joined(T), lax.map(jax.checkpoint(chunk, policy=keep_thresholds), starts))
+            return jax.tree.map(_rows_joined(T), lax.map(jax.checkpoint(chunk), starts))
 
         return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), lax.map(head, jnp.arange(B * K)))
 
