@@ -9,8 +9,8 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from attention.checks import traced_check
 from attention.inputs import emptied, prepare, ungrouped
-from attention.logits import traced_check
 from attention.masks import Mask
 from attention.method import Method, compiled
 

@@ -1,8 +1,12 @@
 """Checks of shapes, dtypes and ranges; every message names the argument, its value and what was expected."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -87,3 +91,13 @@ def grouped_table(name: str, table, dtype, shape, K: int) -> Bool[Array, "..."] 
         raise ValueError(f"{name} has shape {table.shape}: expected something broadcastable to B N T S = {shape}")
     b, n, t, s = full
     return table.reshape(b, *((1, 1) if n == 1 else (K, n // K)), t, s)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def traced_check(holds: Bool[Array, ""], message: str, **numbers: Array) -> None:
+    """`checkify.debug_check`, traced once a process for each message.
+
+    Every trace of a check draws a new number into the program, so that tracing a model twice would give two
+    different programs, and the persistent compilation cache would never find the second.
+    """
+    checkify.debug_check(holds, message, **numbers)

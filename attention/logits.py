@@ -1,18 +1,19 @@
 """From raw scores to logits: beta = scale / temperature, and the soft cap."""
 
-import functools
 import numbers
+from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental import checkify
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
+
+from attention.checks import traced_check
 
 
 def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dtype) -> Float[Array, "..."]:
-    """Beta = scale / temperature, the only thing that plain softmax knows of either.
+    """The quotient beta = scale / temperature, the only thing that plain softmax knows of either.
 
     Args:
         scale: None for 1 / sqrt(head_dim), a number, or an array of shape `()` or `(N,)`; may be traced.
@@ -44,16 +45,9 @@ def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dt
 
 
 def _check_ranges(scale, temperature, dtype) -> None:
-    traced = [isinstance(x, Tracer) for x in (scale, temperature)]
-    for name, number, is_traced, valid, expected in (
-        ("temperature", temperature, traced[0 + 1], lambda x: x > 0, "greater than 0"),
-        ("scale", scale, traced[0], lambda x: abs(x) < np.inf, "finite"),
-    ):
-        if is_traced:
-            traced_check(jnp.all(valid(number)), f"{name} must be {expected}, got {{x}}", x=number)
-        elif not np.all(valid(np.asarray(number, np.float64))):
-            raise ValueError(f"{name} is {number}: expected a number {expected}")
-    if any(traced):
+    _check_range("temperature", temperature, lambda x: x > 0, "greater than 0")
+    _check_range("scale", scale, lambda x: abs(x) < np.inf, "finite")
+    if isinstance(scale, Tracer) or isinstance(temperature, Tracer):
         beta = jnp.asarray(scale, dtype) / jnp.asarray(temperature, dtype)
         traced_check(jnp.all(jnp.isfinite(beta)), "scale / temperature overflows: {beta}", beta=beta)
         return
@@ -66,16 +60,13 @@ def _check_ranges(scale, temperature, dtype) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def traced_check(holds: Bool[Array, ""], message: str, **numbers: Array) -> None:
-    """`checkify.debug_check`, traced once a process for each message.
-
-    Every trace of a check draws a new number into the program, so that tracing a model twice would give two
-    different programs, and the persistent compilation cache would never find the second.
-    """
-    checkify.debug_check(holds, message, **numbers)
+def _check_range(name: str, number, valid: Callable[[Any], Any], expected: str) -> None:
+    if isinstance(number, Tracer):
+        traced_check(jnp.all(valid(number)), f"{name} must be {expected}, got {{x}}", x=number)
+    elif not np.all(valid(np.asarray(number, np.float64))):
+        raise ValueError(f"{name} is {number}: expected a number {expected}")
 
 
 def soft_capped(logits: Float[Array, "..."], cap: Float[Array, ""] | None) -> Float[Array, "..."]:
-    """Cap * tanh(logits / cap), or the logits where `cap` is None (Gemma 2, arXiv 2408.00118, section 2)."""
+    """The logits as cap * tanh(logits / cap), or the logits where `cap` is None (Gemma 2, arXiv 2408.00118, section 2)."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)

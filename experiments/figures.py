@@ -98,6 +98,16 @@ what a model that ignores the context reaches. The untrained model's loss is abo
         unigram = results["programs"][key]["corpus"].get("unigram_entropy")
         if unigram is not None:
             axes.axhline(unigram, linestyle="--", linewidth=1, color=INK)
+            axes.text(
+                1,
+                unigram,
+                "entropy of single bytes",
+                va="bottom",
+                ha="right",
+                fontsize="small",
+                transform=axes.get_yaxis_transform(),
+                color=INK,
+            )
         axes.set_title(wrapped(label))
         axes.set_xlabel("step")
         axes.grid(alpha=0.25, color="#888888")
@@ -133,7 +143,18 @@ attention spread evenly over the visible keys."""
                 colour, marker = look(layer)
                 axes.plot(shown, heads[:, layer], color=colour, marker=marker, markersize=4, linewidth=1.1, alpha=0.85)
         context = results["programs"][key]["config"]["model"]["context"]
-        axes.axhline(np.mean(np.log(np.arange(1, context + 1))), linestyle=":", linewidth=1.2, color=INK)
+        uniform = np.mean(np.log(np.arange(1, context + 1)))
+        axes.axhline(uniform, linestyle=":", linewidth=1.2, color=INK)
+        axes.text(
+            1,
+            uniform,
+            "all keys alike",
+            va="bottom",
+            ha="right",
+            fontsize="small",
+            transform=axes.get_yaxis_transform(),
+            color=INK,
+        )
         axes.set_title(wrapped(label))
         beta_axis(axes, list(groups))
     grid[0].set_ylabel("entropy (nats)")

@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"chunked", "linear", "sparse", "sharded", "fused"}
-FOUNDATION = {"method": set(), "masks": set(), "logits": set(), "checks": set()}
+FOUNDATION = {"method": set(), "masks": set(), "checks": set(), "logits": {"checks"}}
 FOUNDATION |= {"inputs": {"method", "masks", "logits", "checks"}}
-FOUNDATION |= {"cache": {"method", "masks", "inputs"}}
+FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
 FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache"}}
 FOUNDATION |= {"diagnostics": {"method", "masks", "logits", "inputs", "exact"}}
 FOUNDATION |= {"api": {"method", "masks", "logits", "inputs", "exact"}}
-BELOW_FAMILIES = {"method", "masks", "logits", "inputs", "cache", "exact"}
+BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "exact"}
 
 
 def imported(path: Path) -> set[str]:

@@ -4,11 +4,13 @@ import doctest
 import importlib
 import pkgutil
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import attention
+from attention.testing import check
 from experiments import tables
 
 ROOT = Path(__file__).parent.parent
@@ -25,11 +27,22 @@ def test_methods_document_is_the_registry():
     assert (ROOT / "docs" / "methods.md").read_text() == tables.reference(), "run `make docs`"
 
 
+def readme_snippets() -> list[str]:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [textwrap.dedent(snippet) for snippet in found]
+
+
 def test_readme_snippet_runs():
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(snippets[0].strip().splitlines()) == 6
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+    snippet = readme_snippets()[0]
+    assert len(snippet.strip().splitlines()) == 6
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_readme_method_keeps_the_laws(monkeypatch):
+    monkeypatch.setattr(attention.METHODS, "_classes", dict(attention.METHODS._classes))
+    names = {"__name__": "readme"}
+    exec(compile(readme_snippets()[1], "README.md", "exec"), names)
+    check(names["MeanOfValues"]())
 
 
 def test_readme_names_the_commands_of_the_makefile():

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
+from attention.checks import traced_check
 from attention.exact import sees_any
 from attention.inputs import Inputs
 from attention.linear.state import Features, LinearState, absorb, read, read_causally
@@ -134,7 +134,7 @@ def _normalised(rows: tuple[Array, Array], inputs: Inputs) -> Float[Array, "B K 
     sees = sees_any(inputs.mask)
     lost = sees & (size <= float(info.tiny) / float(info.eps))
     message = "the denominators of {n} rows vanish: products of features underflow; raise the temperature"
-    checkify.debug_check(~lost.any(), message, n=lost.sum())
+    traced_check(~lost.any(), message, n=lost.sum())
     valid = sees & ~lost
     # By its own size first: it cancels, and no gradient meets the square of a small denominator.
     unit = jnp.where(valid, size, 1)
