@@ -68,5 +68,5 @@ def _check_range(name: str, number, valid: Callable[[Any], Any], expected: str) 
 
 
 def soft_capped(logits: Float[Array, "..."], cap: Float[Array, ""] | None) -> Float[Array, "..."]:
-    """The logits as cap * tanh(logits / cap), or the logits where `cap` is None (Gemma 2, arXiv 2408.00118, section 2)."""
+    """The logits as cap * tanh(logits / cap); as they are without a cap (Gemma 2, arXiv 2408.00118, section 2)."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
