@@ -69,7 +69,7 @@ class Chunked(Cached):
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         queries, keys = chosen(T, S, 1, self.query_chunk, self.key_chunk)
-        ends = [min(queries.start(i) + queries.size, S) if is_causal else S for i in range(queries.count)]
+        ends = [min((i + 1) * queries.size, S) if is_causal else S for i in range(queries.count)]
         read = sum(-(-end // keys.size) * keys.size for end in ends)  # keys, once for each tile of queries
         return Cost(4.0 * num_heads * queries.size * read * head_dim, 4.0 * num_heads * (2 * T + 2 * read) * head_dim)
 

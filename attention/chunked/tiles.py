@@ -1,5 +1,6 @@
 """Cutting an axis into tiles of one size, and which tiles of keys a tile of queries has to read."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jaxtyping import Array, Bool, Int
 from attention.masks import Mask
 
 
-class Tiles(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tiles:
     """An axis of `length` cut into tiles of `size`; where the last would stand over, it is moved back.
 
     Tile i owns the indices [i * size, min((i + 1) * size, length)). The last one reads up to size - 1 more, which

@@ -1,0 +1,77 @@
+"""Timing contestants in turn, so that whatever slows the machine down slows all of them."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round; every call runs once before the clock starts.
+
+    A call returns when its result is there. The order is reversed in every other round, so that none always
+    finds the caches as the same other one left them.
+    """
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            start = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(numbers) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = (float(x) for x in np.quantile(np.asarray(numbers, np.float64), (0.25, 0.5, 0.75)))
+    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+
+
+def ratios(seconds: Mapping[str, list[float]], of: str) -> dict[str, dict[str, float]]:
+    """How many times longer than `of` each contestant took, round by round: above 1 where `of` is faster."""
+    mine = np.asarray(seconds[of])
+    return {name: spread(np.asarray(theirs) / mine) for name, theirs in seconds.items() if name != of}
+
+
+def temporaries(function: Callable[..., Any], *operands: jax.Array) -> int | None:
+    """Bytes beside arguments and results that the compiled function needs; None where the backend does not say."""
+    analysis = jax.jit(function).lower(*operands).compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def environment() -> dict[str, Any]:
+    """What a time depends on beside the program: versions, device, cores."""
+    versions = {}
+    for package in ("jax", "jaxlib", "numpy", "torch"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "backend": device.platform,
+        "device": device.device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def written(path: Path, content: bytes) -> Path:
+    """The path, after the content was written beside it and renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,68 @@
+"""The benchmark runs end to end, races every contestant on the same problem, and writes whole files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import benchmark
+from experiments.contestants import Cell, chunked, jax_nn
+from experiments.timing import interleaved, ratios, written
+
+
+@pytest.mark.parametrize("command", [["exact"], ["tiles", "--sizes", "8", "16"]])
+def test_a_small_benchmark_writes_numbers_and_figures(command, tmp_path, capsys):
+    options = "--lengths 16 33 --heads 1 --head-size 8 --rounds 2 --directions forward --causal False"
+    benchmark.main([*command, *options.split(), "--out", str(tmp_path / "found")])
+    name = command[0]
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"results.json", f"{name}.svg", f"{name}.png"}
+    record = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert [cell["cell"]["length"] for cell in record["cells"]] == [16, 33]
+    for cell in record["cells"]:
+        assert set(cell["seconds"]) == set(cell["gigaflops"]) == set(cell["temporaries"])
+        for ratio in cell["slower_than_ours"].values():
+            assert 0 < ratio["lower_quartile"] <= ratio["median"] <= ratio["upper_quartile"]
+    assert record["environment"]["versions"]["jax"]
+    assert str(tmp_path) not in json.dumps(record)  # a committed result names no folder of one machine
+    assert "forward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_contestants_answer_the_same_question(gradient, causal):
+    cell = Cell(length=20, gradient=gradient, causal=causal, heads=2, head_size=8)
+    ours, theirs = (contestant(cell).call() for contestant in (chunked, jax_nn))
+    for a, b in zip(ours, theirs, strict=True):
+        # Both within 1e-5 of exact: 20 keys, logits of order one, 2**-24 each.
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_contestants_take_turns():
+    order = []
+    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
+    assert order == ["a", "b", "a", "b", "b", "a"]
+    assert [len(times) for times in seconds.values()] == [2, 2]
+    assert ratios({"a": [1.0, 2.0], "b": [3.0, 6.0]}, of="a")["b"]["median"] == 3.0
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = written(tmp_path / "folder" / "results.json", b"old")
+    written(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_help_names_every_benchmark_and_option(capsys):
+    for arguments, words in (
+        (["--help"], ("exact", "tiles")),
+        (["exact", "--help"], ("--lengths", "--rounds", "--out")),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.main(arguments)
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in words)
+
+
+def test_impossible_lengths_end_with_a_message():
+    with pytest.raises(SystemExit, match="expected numbers of at least 1"):
+        benchmark.main(["exact", "--lengths", "0"])
