@@ -34,28 +34,29 @@ _QUERIES = {"query": 3, "bias": 3}
 _KEYS = {"key": 2, "value": 2, "bias": 4}
 
 
-def attention(inputs: Inputs, queries: Tiles, keys: Tiles):
-    """`online.attend`, with the derivative of this file."""
+def attention(inputs: Inputs, tiles: tuple[Tiles, Tiles], derivative_tiles: tuple[Tiles, Tiles]):
+    """`online.attend` by `tiles` of queries and keys, with the derivative of this file by tiles of its own."""
     operands = {name: getattr(inputs, name) for name in _OPERANDS if getattr(inputs, name) is not None}
     arrays, form = jax.tree.flatten((inputs.mask, inputs.beta))
-    return _attention(operands, arrays, form, queries, keys)
+    return _attention(operands, arrays, form, tiles, derivative_tiles)
 
 
 # The mask travels as bare arrays, because its tangents are no mask; and beta, which the query carries, moves nothing.
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _attention(operands: Tangents, arrays: list[jax.Array], form, queries: Tiles, keys: Tiles):
-    return attend(_inputs(operands, arrays, form), queries, keys)
+def _attention(operands: Tangents, arrays: list[jax.Array], form, tiles, derivative_tiles):
+    del derivative_tiles
+    return attend(_inputs(operands, arrays, form), *tiles)
 
 
 @partial(_attention.defjvp, symbolic_zeros=True)
-def _attention_jvp(form, queries: Tiles, keys: Tiles, primals, tangents):
+def _attention_jvp(form, tiles, derivative_tiles, primals, tangents):
     operands, arrays = primals
-    output, residual = _attention(operands, arrays, form, queries, keys)
+    output, residual = _attention(operands, arrays, form, tiles, derivative_tiles)
     moving = {name: x for name, x in tangents[0].items() if not isinstance(x, SymbolicZero)}
     # Accumulated in the precision of the query, and rounded to that of the operand once, at the end.
     moving = {name: x.astype(output.dtype) for name, x in moving.items()}
     inputs = _inputs(operands, arrays, form)
-    return (output, residual), tangent_of(inputs, output, residual, moving, queries, keys)
+    return (output, residual), tangent_of(inputs, output, residual, moving, *derivative_tiles)
 
 
 def _inputs(operands: Tangents, arrays: list[jax.Array], form) -> Inputs:

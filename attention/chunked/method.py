@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from attention.cache import Cached
 from attention.chunked.derivative import attention
-from attention.chunked.sizes import chosen
+from attention.chunked.sizes import AREA, DERIVATIVE_AREA, chosen
 from attention.chunked.tiles import Tiles
 from attention.exact import Exact, exact_certificate
 from attention.inputs import Inputs
@@ -26,7 +26,7 @@ class Chunked(Cached):
 
     Attributes:
         query_chunk: queries in a tile; None for 512 rows of all query heads of a key head together.
-        key_chunk: keys in a tile; None for 2**18 logits in a tile.
+        key_chunk: keys in a tile; None for 2**18 logits in a tile, 2**17 in the derivative.
 
     Cost: 2 T S (H + E) operations a head forward, 5 T S (H + E) backward, those of tiles that nothing sees left
     out; O((T + S) (H + E)) memory, forward and backward, for derivatives of first order in either mode.
@@ -54,7 +54,7 @@ class Chunked(Cached):
         return self.attend_with_residual(inputs)[0]
 
     def attend_with_residual(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
-        return attention(inputs, *self._tiles(inputs))
+        return attention(inputs, self._tiles(inputs), self._tiles(inputs, DERIVATIVE_AREA))
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
         # The exponents of the rescalings telescope: maxima only grow, so that |l - m_1| + |m_1 - m_2| + ... is
@@ -63,9 +63,9 @@ class Chunked(Cached):
         _, keys = self._tiles(inputs)
         return self.attend(inputs), exact_certificate(inputs, rescalings=keys.count)
 
-    def _tiles(self, inputs: Inputs) -> tuple[Tiles, Tiles]:
+    def _tiles(self, inputs: Inputs, area: int = AREA) -> tuple[Tiles, Tiles]:
         T, S, G = inputs.mask.num_queries, inputs.mask.num_keys, inputs.query.shape[2]
-        return chosen(T, S, G, self.query_chunk, self.key_chunk)
+        return chosen(T, S, G, self.query_chunk, self.key_chunk, area)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         queries, keys = chosen(T, S, 1, self.query_chunk, self.key_chunk)
