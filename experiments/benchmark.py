@@ -7,7 +7,6 @@ quartiles of the ratio of their times within a round. Each benchmark writes resu
 import dataclasses
 import io
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +20,9 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.contestants import MATRIX_SIZE, Cell, Contestant, chunked, peers
-from experiments.timing import environment, interleaved, ratios, spread, written
+from experiments.files import write_bytes, write_json
+from experiments.runtime import environment
+from experiments.timing import interleaved, ratios, spread
 
 OURS = "Chunked"
 # Okabe and Ito's palette, which the colour-blind can tell apart.
@@ -138,13 +139,14 @@ def run(benchmark: Exact) -> list[dict[str, Any]]:
     name = type(benchmark).__name__.lower()
     config = dataclasses.asdict(benchmark) | {"out": benchmark.out.name}
     record = {"benchmark": name, "config": config, "environment": environment(), "cells": results}
-    written(benchmark.out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+    benchmark.out.mkdir(parents=True, exist_ok=True)
+    write_json(benchmark.out / "results.json", record)
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         drawing = figure(results)
         for kind, metadata in (("svg", {"Date": None}), ("png", None)):
             buffer = io.BytesIO()
             drawing.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-            written(benchmark.out / f"{name}.{kind}", buffer.getvalue())
+            write_bytes(benchmark.out / f"{name}.{kind}", buffer.getvalue())
     Console().print(table(results))
     print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
     return results

@@ -1,11 +1,7 @@
 """Timing contestants in turn, so that whatever slows the machine down slows all of them."""
 
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,33 +41,3 @@ def temporaries(function: Callable[..., Any], *operands: jax.Array) -> int | Non
     """Bytes beside arguments and results that the compiled function needs; None where the backend does not say."""
     analysis = jax.jit(function).lower(*operands).compile().memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
-
-
-def environment() -> dict[str, Any]:
-    """What a time depends on beside the program: versions, device, cores."""
-    versions = {}
-    for package in ("jax", "jaxlib", "numpy", "torch"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "backend": device.platform,
-        "device": device.device_kind,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }
-
-
-def written(path: Path, content: bytes) -> Path:
-    """The path, after the content was written beside it and renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path

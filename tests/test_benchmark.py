@@ -7,7 +7,7 @@ import pytest
 
 from experiments import benchmark
 from experiments.contestants import Cell, chunked, jax_nn
-from experiments.timing import interleaved, ratios, written
+from experiments.timing import interleaved, ratios
 
 
 @pytest.mark.parametrize("command", [["exact"], ["tiles", "--sizes", "8", "16"]])
@@ -43,13 +43,6 @@ def test_contestants_take_turns():
     assert order == ["a", "b", "a", "b", "b", "a"]
     assert [len(times) for times in seconds.values()] == [2, 2]
     assert ratios({"a": [1.0, 2.0], "b": [3.0, 6.0]}, of="a")["b"]["median"] == 3.0
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    path = written(tmp_path / "folder" / "results.json", b"old")
-    written(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
 def test_help_names_every_benchmark_and_option(capsys):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attention import Exact, Method
+from attention import Cost, Exact, Method
 from attention.testing import LAWS, Violation, check
 
 
@@ -128,6 +128,20 @@ def test_planted_mistake_is_caught_by_name(cls: type[Method], name: str):
         LAWS[name](cls())
 
 
+@planted
+class FirstHeadForAll(Method, register=False):
+    """Wrong in several ways, and capable of little, so that all laws that bind it run in a moment."""
+
+    def attend(self, inputs):
+        mean = inputs.value.astype(inputs.query.dtype).mean((0, 2))[None, :1, None, None]
+        return jnp.broadcast_to(mean, (*inputs.query.shape[:-1], mean.shape[-1]))
+
+    def cost(self, T, S, *, num_heads, head_dim, is_causal=False):
+        return Cost(0.0, 0.0)
+
+
 def test_check_names_every_broken_law():
-    with pytest.raises(Violation, match="a_second_eager_call_does_not_recompile: Recompiles"):
-        check(Recompiles())
+    with pytest.raises(Violation) as caught:
+        check(FirstHeadForAll())
+    for name in ("batch_elements_are_independent", "heads_are_independent", "cost_grows_with_length"):
+        assert f"{name}: FirstHeadForAll()" in str(caught.value)
