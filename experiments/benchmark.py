@@ -4,10 +4,13 @@ Contestants take turns, so that a busy machine slows all of them alike; what is 
 quartiles of the ratio of their times within a round. Each benchmark writes results.json, and a figure as SVG and PNG.
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,18 +141,26 @@ def run(benchmark: Exact) -> list[dict[str, Any]]:
     results = [measured(benchmark, cell) for cell in steps]
     name = type(benchmark).__name__.lower()
     config = dataclasses.asdict(benchmark) | {"out": benchmark.out.name}
-    record = {"benchmark": name, "config": config, "environment": environment(), "cells": results}
+    record = {"benchmark": name, "config": config, "environment": _environment(), "cells": results}
     benchmark.out.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.out / "results.json", record)
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         drawing = figure(results)
-        for kind, metadata in (("svg", {"Date": None}), ("png", None)):
+        for kind, details in (("svg", {"Date": None}), ("png", None)):
             buffer = io.BytesIO()
-            drawing.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            drawing.savefig(buffer, format=kind, dpi=150, metadata=details)
             write_bytes(benchmark.out / f"{name}.{kind}", buffer.getvalue())
     Console().print(table(results))
     print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
     return results
+
+
+def _environment() -> dict[str, Any]:
+    """What a time depends on: the versions, the peers' too, the device, and the number of its cores."""
+    found = environment()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["versions"]["torch"] = metadata.version("torch")
+    return found | {"cores": os.cpu_count()}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,5 @@
 """The process around an experiment: the compilation cache, what it runs on, and signals."""
 
-import contextlib
 import os
 import platform
 import signal
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 
-PEERS = ("torch",)  # raced where they are installed
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -27,16 +25,9 @@ def enable_compilation_cache() -> None:
 def environment() -> dict[str, Any]:
     """Versions, backend and device: what a result depends on besides its configuration."""
     versions = {"python": platform.python_version()}
-    for package in (*PACKAGES, *PEERS):
-        with contextlib.suppress(metadata.PackageNotFoundError):  # a peer may be missing
-            versions[package] = metadata.version(package)
-    device = jax.devices()[0].device_kind
-    return {
-        "versions": versions,
-        "backend": jax.default_backend(),
-        "device": device,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }
+    for package in PACKAGES:
+        versions[package] = metadata.version(package)
+    return {"versions": versions, "backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error: the run can go on)
