@@ -46,7 +46,7 @@ def test_any_tile_size_is_within_the_bound(T, R, C, name):
     assert np.all(error <= rounding(method, case, **options))
 
 
-@pytest.mark.parametrize("name", masks(13, 11))
+@pytest.mark.parametrize("name", ["to the end", "mask and bias", "cap"])  # the laws see to the others
 def test_gradients_of_every_operand_equal_the_exact_ones(name):
     options = masks(13, 11)[name]
     rng = np.random.default_rng(2)

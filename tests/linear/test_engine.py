@@ -54,8 +54,10 @@ BETAS = {
 }
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("T", "S", "chunk"), [(13, 13, 5), (17, 17, 16), (7, 13, 4), (13, 7, 128)])
+@pytest.mark.parametrize(
+    ("T", "S", "chunk", "beta"),
+    [(13, 13, 5, "shared"), (17, 17, 16, "negative"), (7, 13, 4, "a head"), (13, 7, 128, "shared")],
+)
 def test_engine_equals_the_quadratic_form(T, S, chunk, beta):
     with jax.enable_x64(True):
         query, key, value = draw(0, T, S)
@@ -130,8 +132,8 @@ def test_future_changes_no_bit_of_the_prefix(chunk):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("temperature", [0.7, np.array([0.5, 1.0, 2.0, np.inf])], ids=["shared", "a head"])
-def test_extend_over_any_split_equals_the_whole(temperature):
+def test_extend_with_a_temperature_a_head_equals_the_whole():
+    temperature = np.array([0.5, 1.0, 2.0, np.inf])
     with jax.enable_x64(True):
         case = [jnp.asarray(x) for x in draw(5, 13, 13, E=8)]
         method = Performer(features=16, chunk=4)
