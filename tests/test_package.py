@@ -45,7 +45,13 @@ def test_the_lock_is_hashed_and_names_no_address():
 def test_the_lock_holds_every_requirement_and_no_peer():
     locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["experiments"]]
-    wanted += PROJECT["dependency-groups"]["dev"]
+    wanted += [need for need in PROJECT["dependency-groups"]["dev"] if isinstance(need, str)]
     names = {re.split(r"[<>=\[]", need)[0].lower().replace("_", "-") for need in wanted}
     assert names <= locked
     assert not locked & {"torch", "tokamax", "submitit"}
+
+
+def test_the_default_group_brings_the_experiments():
+    groups = PROJECT["dependency-groups"]
+    assert {"include-group": "experiments"} in groups["dev"]
+    assert groups["experiments"] == PROJECT["project"]["optional-dependencies"]["experiments"]
