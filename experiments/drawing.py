@@ -23,11 +23,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 INK = "#1b1b1f"
 """The colour of text and axes; the report replaces it by the reader's own."""
 
+PAPER = "#fffffe"
+"""The colour of a figure's ground in files of its own; the report leaves its own ground to be seen."""
+
 COLUMNS = 4
 """Panels in a row, at most."""
 
 STYLE: Any = {
     "axes.edgecolor": INK,
+    "axes.facecolor": "none",
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -95,16 +99,15 @@ def drawn(draw: Callable[[Results], Figure], results: Results) -> dict[str, byte
         figure = draw(results)
         for kind, metadata in (("svg", {"Date": None}), ("png", {})):
             buffer = io.BytesIO()
-            paper = "none" if kind == "svg" else "white"
-            figure.savefig(buffer, format=kind, metadata=metadata, facecolor=paper, dpi=160)
+            figure.savefig(buffer, format=kind, metadata=metadata, facecolor=PAPER, dpi=160)
             files[kind] = buffer.getvalue()
     return files
 
 
 def inlined(svg: bytes, name: str, description: str) -> str:
-    """An SVG file as an element of a page: in the page's ink, with identifiers of its own."""
+    """An SVG file as an element of a page: in the page's ink and on its paper, with identifiers of its own."""
     text = svg.decode()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)

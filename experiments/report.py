@@ -8,6 +8,7 @@ writes `report.html`, which needs no other file, and `figures/*.svg` and `figure
 import dataclasses
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import tyro
 from markupsafe import Markup
 
 from experiments.cli import exit_code
-from experiments.drawing import drawn, inlined
+from experiments.drawing import drawn, inlined, power
 from experiments.figures import FIGURES
 from experiments.files import write_bytes, write_text
 from experiments.store import FORMAT
@@ -56,6 +57,7 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
     rows = summary_rows(results, ALLOWANCE)
     return environment.get_template("report.html.jinja").render(
         results=results,
+        paragraphs=_paragraphs(results["description"] or ""),
         folder=folder,
         allowance=ALLOWANCE,
         has_reference=any(row["gap"] for row in rows),
@@ -115,7 +117,7 @@ def _range(row: dict[str, Any]) -> str:
     first = row["betas"].index(tolerated[0]) if tolerated else 0
     if len(tolerated) > 2 and row["betas"][first : first + len(tolerated)] == tolerated:
         return f"{tolerated[0]:.4g} to {tolerated[-1]:.4g}"
-    return ", ".join(f"{beta:.4g}" for beta in tolerated) or "none"
+    return ", ".join(_short(beta) for beta in tolerated) or "none"
 
 
 def _number(number: float, digits: int = 3) -> str:
@@ -123,7 +125,17 @@ def _number(number: float, digits: int = 3) -> str:
 
 
 def _short(number: float) -> str:
+    """Five digits, or the fraction that a power of two is."""
+    fraction = power(number) if number > 0 else "$"
+    if "/" in fraction and "$" not in fraction:
+        return fraction
     return "" if math.isnan(number) else f"{number:.5g}"
+
+
+def _paragraphs(text: str) -> list[str]:
+    """A document's paragraphs and list items, each on one line."""
+    blocks = [item for block in text.split("\n\n") for item in re.split(r"\n(?=- )", block)]
+    return [" ".join(block.split()) for block in blocks if block.strip()]
 
 
 def _signed(number: float) -> str:
