@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from attention.checks import traced_check
-from attention.inputs import emptied, prepare, ungrouped
+from attention.inputs import emptied, prepare_tokens, ungrouped
 from attention.masks import Mask
 from attention.method import Method, compiled
 
@@ -73,7 +73,7 @@ class Cached(Method, register=False):
         params: Any = None,
         rng: Any = None,
     ) -> tuple[KeyValueCache, Array]:
-        new = prepare(
+        new = prepare_tokens(
             self,
             query,
             key,
@@ -81,13 +81,10 @@ class Cached(Method, register=False):
             scale=scale,
             temperature=temperature,
             logits_soft_cap=logits_soft_cap,
-            is_causal=True,
             local_window_size=local_window_size,
             params=params,
             rng=rng,
         )
-        if new.mask.num_queries != new.mask.num_keys:
-            raise ValueError(f"extend: {new.mask.num_queries} queries and {new.mask.num_keys} keys; expected as many")
         longer = state.append(new.key, new.value)
         mask = Mask(
             num_queries=new.mask.num_queries,

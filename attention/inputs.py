@@ -155,6 +155,19 @@ def prepare(
     return emptied(inputs)
 
 
+def prepare_tokens(method: Method, query, key, value, **options) -> Inputs:
+    """`prepare` for T new tokens of a causal sequence, as many queries as keys.
+
+    Raises:
+        As `prepare`; ValueError also where the numbers differ.
+    """
+    inputs = prepare(method, query, key, value, is_causal=True, **options)
+    if inputs.mask.num_queries != inputs.mask.num_keys:
+        counts = f"{inputs.mask.num_queries} queries and {inputs.mask.num_keys} keys"
+        raise ValueError(f"extend: query and key have {counts}; expected as many of both")
+    return inputs
+
+
 def emptied(inputs: Inputs) -> Inputs:
     """The inputs with zeros in every slot that no query sees, and in every query that sees nothing.
 

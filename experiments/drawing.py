@@ -84,6 +84,13 @@ def beta_axis(axes: Axes, betas: list[float]) -> None:
     axes.grid(alpha=0.25, color="#888888")
 
 
+def level(axes: Axes, height: float, line: str, name: str) -> None:
+    """A horizontal line that says what it is."""
+    axes.axhline(height, linestyle=line, linewidth=1, color=INK)
+    right = axes.get_yaxis_transform()  # 1 is the right end of the axis
+    axes.text(1, height, name, va="bottom", ha="right", fontsize="small", transform=right, color=INK)
+
+
 def beta_colours(results: Results) -> tuple[Colormap, Normalize]:
     """Colours for log2 beta, without the ends of viridis, which vanish on dark and on white paper."""
     middle = mpl.colormaps["viridis"](np.linspace(0.15, 0.9, 128))

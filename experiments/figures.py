@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from experiments.drawing import COLUMNS, INK, beta_axis, beta_colours, look, panels, power, wrapped
+from experiments.drawing import COLUMNS, INK, beta_axis, beta_colours, level, look, panels, power, wrapped
 from experiments.summary import Results, by_beta, cells, final, grouped, labels, points_of
 
 
@@ -97,17 +97,7 @@ what a model that ignores the context reaches. The untrained model's loss is abo
             axes.plot(steps, losses, color=colour, marker=".", linewidth=1.2)
         unigram = results["programs"][key]["corpus"].get("unigram_entropy")
         if unigram is not None:
-            axes.axhline(unigram, linestyle="--", linewidth=1, color=INK)
-            axes.text(
-                1,
-                unigram,
-                "entropy of single bytes",
-                va="bottom",
-                ha="right",
-                fontsize="small",
-                transform=axes.get_yaxis_transform(),
-                color=INK,
-            )
+            level(axes, unigram, "--", "entropy of single bytes")
         axes.set_title(wrapped(label))
         axes.set_xlabel("step")
         axes.grid(alpha=0.25, color="#888888")
@@ -144,17 +134,7 @@ attention spread evenly over the visible keys."""
                 axes.plot(shown, heads[:, layer], color=colour, marker=marker, markersize=4, linewidth=1.1, alpha=0.85)
         context = results["programs"][key]["config"]["model"]["context"]
         uniform = np.mean(np.log(np.arange(1, context + 1)))
-        axes.axhline(uniform, linestyle=":", linewidth=1.2, color=INK)
-        axes.text(
-            1,
-            uniform,
-            "all keys alike",
-            va="bottom",
-            ha="right",
-            fontsize="small",
-            transform=axes.get_yaxis_transform(),
-            color=INK,
-        )
+        level(axes, uniform, ":", "all keys alike")
         axes.set_title(wrapped(label))
         beta_axis(axes, list(groups))
     grid[0].set_ylabel("entropy (nats)")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention.inputs import Inputs, prepare, ungrouped
+from attention.inputs import Inputs, prepare_tokens, ungrouped
 from attention.linear import engine
 from attention.linear.state import LinearState
 from attention.method import Cost, Method, check_positive
@@ -66,7 +66,7 @@ class Linear(Method, register=False):
 
         The state holds features, not keys, so what made the features cannot change on the way.
         """
-        inputs = prepare(
+        inputs = prepare_tokens(
             self,
             query,
             key,
@@ -74,15 +74,10 @@ class Linear(Method, register=False):
             scale=scale,
             temperature=temperature,
             logits_soft_cap=logits_soft_cap,
-            is_causal=True,
             local_window_size=local_window_size,
             params=params,
             rng=rng,
         )
-        if inputs.mask.num_queries != inputs.mask.num_keys:
-            raise ValueError(
-                f"extend: {inputs.mask.num_queries} queries and {inputs.mask.num_keys} keys; expected as many"
-            )
         longer, output = _extended(state, inputs, method=self)
         return longer, ungrouped(output, query).astype(query.dtype)
 

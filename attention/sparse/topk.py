@@ -10,9 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.cache import Cached
-from attention.exact import softmax, weighted_values
+from attention.exact import Exact, softmax, weighted_values
 from attention.inputs import Inputs
-from attention.method import Capabilities, Certificate, Cost, check_positive
+from attention.method import Certificate, Cost, check_positive
 from attention.sparse.bounds import sparse_certificate
 from attention.sparse.threshold import kth_largest
 
@@ -43,19 +43,7 @@ class TopK(Cached):
     k: int = 64
     query_chunk: int = 128
 
-    capabilities = Capabilities(
-        causal=True,
-        window=True,
-        lengths=True,
-        segments=True,
-        dense_mask=True,
-        bias=True,
-        soft_cap=True,
-        cross=True,
-        decoding=True,
-        certificate="deterministic",
-        sees_all=False,
-    )
+    capabilities = dataclasses.replace(Exact.capabilities, exact=False, residual=False, sees_all=False)
 
     def __post_init__(self) -> None:
         check_positive(self, "k", "query_chunk")
