@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, renamed first: a removal that is interrupted must not leave half of it under its name."""
+    aside = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def append_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Run, check_name, to_dict
 from experiments.data import corpus
-from experiments.files import write_json
+from experiments.files import remove_folder, write_json
 from experiments.runtime import environment
 
 
@@ -80,20 +79,12 @@ def open_folder(run: Run, *, overwrite: bool = False) -> RunFolder:
         if not overwrite:
             _check_same(json.loads(config.read_text(encoding="utf-8")), folder)
             return folder
-        _remove(folder.path)
+        remove_folder(folder.path)
     elif strangers:
         raise ValueError(f"{folder.path} holds files but no config.json: not the folder of a run; choose another name")
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(config, folder.description)
     return folder
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: a removal that is interrupted must not leave half a run under the run's name.
-    aside = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    shutil.rmtree(aside)
 
 
 def _check_same(before: dict[str, Any], folder: RunFolder) -> None:

@@ -96,9 +96,7 @@ class Pending:
             index = int(metrics.pop("nonfinite"))
             if index >= 0:
                 raise NonFiniteError(f"step {step}: {self._names[index]} is not finite")
-            records.append(
-                {"step": step, **{name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}}
-            )
+            records.append({"step": step, **{name: float(metrics[name]) for name in STEP_METRICS}})
         return records
 
 

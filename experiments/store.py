@@ -2,11 +2,10 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from experiments.files import write_json, write_text
+from experiments.files import remove_folder, write_json, write_text
 
 FORMAT = 1
 """The version of the files that this code reads and writes."""
@@ -49,11 +48,7 @@ class Store:
     def open(self, *, overwrite: bool) -> None:
         """Makes the folder: after a `check`, or in place of the sweep that it holds."""
         if overwrite and (self.folder / "sweep.json").exists():
-            # Renamed first: a removal that is interrupted must not leave half a sweep under the sweep's name.
-            aside = self.folder.with_name(f".{self.folder.name}.replaced")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.folder.rename(aside)
-            shutil.rmtree(aside)
+            remove_folder(self.folder)
         for part in ("points", "programs"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "sweep.json", self.manifest)

@@ -112,6 +112,7 @@ def certificates_hold(method: Method) -> None:
 
 @law()
 def low_precision_is_rounding(method: Method) -> None:
+    attend = jax.jit(lambda case, params, t: call(method, case, params, temperature=t))
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
         for temperature in jnp.array([1.0, 1 / 8]):  # the logits of the second show operands rounded on the way
             case = draw(25).astype(dtype)
@@ -119,7 +120,6 @@ def low_precision_is_rounding(method: Method) -> None:
                 wide = case.astype(jnp.float64)
                 # The parameters are those of the narrow call: drawn in float32, then widened.
                 params = jax.tree.map(lambda x: x.astype(jnp.float64), params_for(method, case))
-                attend = jax.jit(lambda case, params, t: call(method, case, params, temperature=t))
                 expected = np.asarray(attend(wide, params, temperature))
             error = np.asarray(run(method, case, temperature=temperature)).astype(np.float64) - expected
             allowed = rounding(method, case, temperature=temperature)
