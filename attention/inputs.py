@@ -64,14 +64,14 @@ class Inputs:
         """The logits of a tile, -inf where the key is not visible."""
         return jnp.where(self.mask.tile(row, rows, col, cols), self.scores(row, rows, col, cols), -jnp.inf)
 
-    def one_head(self, b, k) -> "Inputs":
-        """The operands of key head `k` of batch element `b` (both may be traced), with B = K = 1."""
+    def part(self, b, batches: int, k, heads: int) -> "Inputs":
+        """The operands of `batches` batch elements from `b` on and `heads` key heads from `k` on (may be traced)."""
 
         def pick(x, batch_axis, head_axis=None):
             if x is None:
                 return None
-            x = slice_or_keep(x, b, 1, batch_axis)
-            return x if head_axis is None else slice_or_keep(x, k, 1, head_axis)
+            x = slice_or_keep(x, b, batches, batch_axis)
+            return x if head_axis is None else slice_or_keep(x, k, heads, head_axis)
 
         mask = dataclasses.replace(
             self.mask,
@@ -87,7 +87,7 @@ class Inputs:
             query=pick(self.query, 0, 1),
             key=pick(self.key, 0, 1),
             value=pick(self.value, 0, 1),
-            beta=slice_or_keep(self.beta, k, 1, 0) if self.beta.ndim else self.beta,
+            beta=slice_or_keep(self.beta, k, heads, 0) if self.beta.ndim else self.beta,
             bias=pick(self.bias, 0, 1),
             mask=mask,
         )

@@ -48,8 +48,22 @@ class Mask:
         The span must lie inside the sequence: as everywhere in XLA, a slice beyond the end is moved back.
         Axes on which the mask does not depend have size 1.
         """
-        i = (row + jnp.arange(rows)).reshape(1, 1, 1, rows, 1)
-        j = (col + jnp.arange(cols)).reshape(1, 1, 1, 1, cols)
+        return self._visible(row, rows, col, cols, (3, 4))
+
+    def tile_by_key(self, row, rows: int, col, cols: int) -> Bool[Array, "b k cols g rows"]:
+        """`tile`, with the keys in front of the query heads and the queries."""
+        return self._visible(row, rows, col, cols, (4, 2))
+
+    def _visible(self, row, rows: int, col, cols: int, axes: tuple[int, int]):
+        """A tile with its queries and its keys along the given two of five axes."""
+
+        def spread(x, axis):
+            return jnp.expand_dims(x, [n for n in range(1, 5) if n != axis])
+
+        i, j = (
+            spread((start + jnp.arange(n))[None], axis)
+            for start, n, axis in zip((row, col), (rows, cols), axes, strict=True)
+        )
         first, last = self._band(i)
         visible = (j >= first) & (j <= last)
         if self.query_lengths is not None:
@@ -57,11 +71,12 @@ class Mask:
         if self.key_lengths is not None:
             visible = visible & (j < _column(self.key_lengths))
         if self.query_segments is not None and self.key_segments is not None:
-            mine = lax.dynamic_slice_in_dim(self.query_segments, row, rows, axis=1)[:, None, None, :, None]
-            theirs = lax.dynamic_slice_in_dim(self.key_segments, col, cols, axis=1)[:, None, None, None, :]
-            visible = visible & (mine == theirs)
+            mine = lax.dynamic_slice_in_dim(self.query_segments, row, rows, axis=1)
+            theirs = lax.dynamic_slice_in_dim(self.key_segments, col, cols, axis=1)
+            visible = visible & (spread(mine, axes[0]) == spread(theirs, axes[1]))
         if self.dense is not None:
-            visible = visible & (slice_or_keep(slice_or_keep(self.dense, row, rows, 3), col, cols, 4))
+            dense = slice_or_keep(slice_or_keep(self.dense, row, rows, 3), col, cols, 4)
+            visible = visible & jnp.moveaxis(dense, (3, 4), axes)
         return visible
 
     def whole(self) -> Bool[Array, "b k g T S"]:

@@ -1,13 +1,12 @@
-"""The derivative of tiled attention, as one linear map from which JAX derives both modes.
+"""The derivative of tiled attention: one linear map, which is forward mode, and whose transpose is the backward pass.
 
 With P = exp(logits - residual) recomputed tile by tile, a change of the operands moves the logits by dl and
 
     d residual = rowsum(P dl),    d output = (P dl) V + P dV - output rowsum(P dl).
 
-That map is written once, linear in the tangents, with every tile under `jax.checkpoint`. Run as it is, it is
-forward mode. Transposed by JAX, it is the backward pass of FlashAttention-2 (Dao, arXiv 2307.08691, section 3.1.2):
-five matrix products a tile, and nothing kept from the forward pass but the output and one number a row. As it is
-made of differentiable pieces, either can be differentiated again.
+That map is written once, linear in the tangents, with every tile under `jax.checkpoint`, and it is the definition:
+JAX derives second and mixed derivatives from it. What reverse mode runs is the transpose in `backward`, of five matrix
+products a tile; nothing is kept from the forward pass but the output and one number a row.
 """
 
 import dataclasses
@@ -18,7 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from attention.chunked.online import attend, visible
+from attention.chunked.backward import backward
+from attention.chunked.linear_map import LinearMap, apply
+from attention.chunked.online import attend
+from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Tiles, banded, span
 from attention.inputs import Inputs
 from attention.masks import slice_or_keep
@@ -34,29 +36,41 @@ _QUERIES = {"query": 3, "bias": 3}
 _KEYS = {"key": 2, "value": 2, "bias": 4}
 
 
-def attention(inputs: Inputs, tiles: tuple[Tiles, Tiles], derivative_tiles: tuple[Tiles, Tiles]):
-    """`online.attend` by `tiles` of queries and keys, with the derivative of this file by tiles of its own."""
+def attention(inputs: Inputs, tiling: Tiling):
+    """`online.attend`, with the derivative of this file."""
     operands = {name: getattr(inputs, name) for name in _OPERANDS if getattr(inputs, name) is not None}
     arrays, form = jax.tree.flatten((inputs.mask, inputs.beta))
-    return _attention(operands, arrays, form, tiles, derivative_tiles)
+    return _attention(operands, arrays, form, tiling)
 
 
 # The mask travels as bare arrays, because its tangents are no mask; and beta, which the query carries, moves nothing.
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _attention(operands: Tangents, arrays: list[jax.Array], form, tiles, derivative_tiles):
-    del derivative_tiles
-    return attend(_inputs(operands, arrays, form), *tiles)
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _attention(operands: Tangents, arrays: list[jax.Array], form, tiling: Tiling):
+    return attend(_inputs(operands, arrays, form), tiling)
 
 
 @partial(_attention.defjvp, symbolic_zeros=True)
-def _attention_jvp(form, tiles, derivative_tiles, primals, tangents):
+def _attention_jvp(form, tiling, primals, tangents):
     operands, arrays = primals
-    output, residual = _attention(operands, arrays, form, tiles, derivative_tiles)
+    results = _attention(operands, arrays, form, tiling)
     moving = {name: x for name, x in tangents[0].items() if not isinstance(x, SymbolicZero)}
     # Accumulated in the precision of the query, and rounded to that of the operand once, at the end.
-    moving = {name: x.astype(output.dtype) for name, x in moving.items()}
-    inputs = _inputs(operands, arrays, form)
-    return (output, residual), tangent_of(inputs, output, residual, moving, *derivative_tiles)
+    moving = {name: x.astype(results[0].dtype) for name, x in moving.items()}
+    constants, structure = jax.tree.flatten((operands, arrays, results))
+    names = tuple(sorted(moving))
+
+    def known(leaves):
+        operands, arrays, results = jax.tree.unflatten(structure, leaves)
+        return _inputs(operands, arrays, form), *results
+
+    def definition(leaves, tangents):
+        return list(tangent_of(*known(leaves), dict(zip(names, tangents, strict=True)), tiling))
+
+    def transpose(leaves, cotangents):
+        found = backward(*known(leaves), cotangents, names, tiling)
+        return [found[name] for name in names]
+
+    return results, apply(LinearMap(definition, transpose), constants, moving, results)
 
 
 def _inputs(operands: Tangents, arrays: list[jax.Array], form) -> Inputs:
@@ -64,15 +78,15 @@ def _inputs(operands: Tangents, arrays: list[jax.Array], form) -> Inputs:
     return Inputs(mask=mask, beta=beta, **operands)
 
 
-def tangent_of(inputs: Inputs, output, residual, tangents: Tangents, queries: Tiles, keys: Tiles):
+def tangent_of(inputs: Inputs, output, residual, tangents: Tangents, tiling: Tiling):
     """The tangents of output and residual, linear in `tangents`, which has the operands that move, by name."""
-    B, K = inputs.key.shape[:2]
+    (B, K), queries, keys = inputs.key.shape[:2], tiling.queries, tiling.keys
 
     def batch(b, tangents):
         return _mapped(partial(head, b), tangents, _HEADS, Tiles(K, 1))
 
     def head(b, k, tangents):
-        one = inputs.one_head(b, k)
+        one = inputs.part(b, 1, k, 1)
         mine = [lax.dynamic_slice(x, (b, k, *(0,) * (x.ndim - 2)), (1, 1, *x.shape[2:])) for x in (output, residual)]
         tiles = _mapped(partial(_query_tile, one, *mine, queries, keys), tangents, _QUERIES, queries)
         return queries.join(tiles[0], 3), queries.join(tiles[1], 3)
@@ -94,7 +108,8 @@ def _query_tile(head: Inputs, output, residual, queries: Tiles, keys: Tiles, i, 
     def add(j, tangents, carry):
         weighted, moved = carry
         tile = _tile(head, query, row, queries, keys.start(j), keys)
-        weights, change = _weights(tile, level, visible(head, row, queries, j, keys), tangents)
+        seen = head.mask.tile(row, queries.size, keys.start(j), keys.size)
+        weights, change = _weights(tile, level, seen & keys.owned(j).reshape(1, 1, 1, 1, -1), tangents)
         if change is not None:
             change = weights * change
             weighted += _times(change, tile.value)

@@ -6,8 +6,8 @@ from jaxtyping import Array, Float
 
 from attention.cache import Cached
 from attention.chunked.derivative import attention
-from attention.chunked.sizes import AREA, DERIVATIVE_AREA, chosen
-from attention.chunked.tiles import Tiles
+from attention.chunked.sizes import Tiling, chosen
+from attention.chunked.tiles import banded, irregular
 from attention.exact import Exact, exact_certificate
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
@@ -54,25 +54,23 @@ class Chunked(Cached):
         return self.attend_with_residual(inputs)[0]
 
     def attend_with_residual(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
-        return attention(inputs, self._tiles(inputs), self._tiles(inputs, DERIVATIVE_AREA))
+        return attention(inputs, self._tiling(inputs))
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
         # The exponents of the rescalings telescope: maxima only grow, so that |l - m_1| + |m_1 - m_2| + ... is
         # |l - max|, as without tiles. What is left is one exponential and one product a tile. A tile's sum and the
         # running sum together are one order of summation of the visible keys; masked ones add exact zeros.
-        _, keys = self._tiles(inputs)
-        return self.attend(inputs), exact_certificate(inputs, rescalings=keys.count)
+        return self.attend(inputs), exact_certificate(inputs, rescalings=self._tiling(inputs).keys.count)
 
-    def _tiles(self, inputs: Inputs, area: int = AREA) -> tuple[Tiles, Tiles]:
-        T, S, G = inputs.mask.num_queries, inputs.mask.num_keys, inputs.query.shape[2]
-        return chosen(T, S, G, self.query_chunk, self.key_chunk, area)
+    def _tiling(self, inputs: Inputs) -> Tiling:
+        B, K, G, T, _ = inputs.query.shape
+        skips = banded(inputs.mask) or irregular(inputs.mask)
+        chunks = {"query_chunk": self.query_chunk, "key_chunk": self.key_chunk}
+        return chosen(B, K, G, T, inputs.mask.num_keys, skips=skips, **chunks)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
-        queries, keys = chosen(T, S, 1, self.query_chunk, self.key_chunk)
+        chunks = {"query_chunk": self.query_chunk, "key_chunk": self.key_chunk}
+        _, _, queries, keys = chosen(1, num_heads, 1, T, S, skips=is_causal, **chunks)
         ends = [min((i + 1) * queries.size, S) if is_causal else S for i in range(queries.count)]
         read = sum(-(-end // keys.size) * keys.size for end in ends)  # keys, once for each tile of queries
         return Cost(4.0 * num_heads * queries.size * read * head_dim, 4.0 * num_heads * (2 * T + 2 * read) * head_dim)
-
-    @classmethod
-    def examples(cls) -> "tuple[Chunked, ...]":
-        return (cls(query_chunk=5, key_chunk=3),)  # tiles that fit neither 13 nor 16 tokens

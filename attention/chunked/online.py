@@ -7,100 +7,128 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attention.chunked.exponential import power, unit
+from attention.chunked.logits import (
+    bias_tile,
+    columns,
+    in_units,
+    product,
+    query_in_units,
+    rows,
+    scores,
+    shaped,
+    visible,
+)
+from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Span, Tiles, banded, irregular, span
+from attention.exact import norms
 from attention.inputs import Inputs
+
+# Where no logit of a tile of queries can exceed this size, weights are taken relative to a bound on the logits, which
+# costs nothing, and not to their running maximum, which costs a pass over them. No weight is then below
+# exp(-2 * CALM) = 4e-18, far from where float32 ends. `attention.exact.rounding_bound` accounts for it.
+CALM = 20.0
 
 
 class Partial(NamedTuple):
-    """What some of the keys contribute to a tile of queries. Any two such parts can be merged.
+    """What some of the keys contribute to a tile of queries.
 
     Attributes:
-        top: the largest logit, -inf where no key was seen.
-        total: sum(exp(logit - top)).
-        values: sum(exp(logit - top) v).
+        level: a number that no logit exceeds, in units of `exponential.unit`; -inf where no key was seen.
+        sums: sum(exp(logit - level) v), and in the last row sum(exp(logit - level)).
     """
 
-    top: Float[Array, "b k G R"]
-    total: Float[Array, "b k G R"]
-    values: Float[Array, "b k G R E"]
+    level: Float[Array, "b k G R"]
+    sums: Float[Array, "b k E+1 G R"]
 
-    def merge(self, other: "Partial") -> "Partial":
-        """The contribution of both sets of keys together."""
-        top = jnp.maximum(self.top, other.top)
-        mine, theirs = (jnp.exp(part.top - finite(top)) for part in (self, other))
-        total = self.total * mine + other.total * theirs
-        return Partial(top, total, self.values * mine[..., None] + other.values * theirs[..., None])
-
-    def output(self) -> Float[Array, "b k G R E"]:
+    def output(self) -> Float[Array, "b k E G R"]:
         """The weighted mean of the values; 0 where no key was seen."""
-        return self.values / jnp.where(self.total > 0, self.total, 1)[..., None]
+        total = self.sums[:, :, -1:]
+        return self.sums[:, :, :-1] / jnp.where(total > 0, total, 1)
 
     def residual(self) -> Float[Array, "b k G R"]:
         """log(sum(exp(logits))); -inf where no key was seen."""
-        return jnp.log(self.total) + self.top
+        return jnp.log(self.sums[:, :, -1]) + self.level / unit(self.level.dtype)
 
 
-def finite(top: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What to subtract from a row of logits: their maximum, or 0 where that is -inf."""
-    return jnp.where(jnp.isneginf(top), 0, top)
+def finite(level: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What to subtract from logits: their level, or 0 where that is -inf."""
+    return jnp.where(jnp.isneginf(level), 0, level)
 
 
-def attend(inputs: Inputs, queries: Tiles, keys: Tiles) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
-    """The output and log(sum(exp(logits))) of every query, a tile of one head at a time."""
-    B, K = inputs.key.shape[:2]
+def attend(inputs: Inputs, tiling: Tiling) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
+    """The output and log(sum(exp(logits))) of every query, a tile of a few heads at a time."""
+    dtype = inputs.query.dtype
+    # Transposed once, whole: within a loop the same costs several times as much.
+    operands = query_in_units(inputs), jnp.swapaxes(inputs.value, 2, 3), _limit(inputs)
 
-    def head(h):
-        one = inputs.one_head(h // K, h % K)
-        output, residual = repeated(lambda i: query_tile(one, i, queries, keys), queries.count)
-        return queries.join(output, 3), queries.join(residual, 3)
+    def group(n):
+        corner = tiling.corner(n)
+        part = inputs.part(corner[0], tiling.batch.size, corner[1], tiling.heads.size)
+        own = [tiling.heads_of(x, corner) for x in operands]
+        output, residual = repeated(lambda i: _query_tile(part, *own, tiling, i), tiling.queries.count)
+        return tiling.queries.join(output, 4), tiling.queries.join(residual, 3)
 
-    output, residual = repeated(head, B * K)
-    return output.reshape(B, K, *output.shape[3:]), residual.reshape(B, K, *residual.shape[3:])
-
-
-def query_tile(head: Inputs, i, queries: Tiles, keys: Tiles):
-    """The output and residual of query tile i of one head."""
-    G, E = head.query.shape[2], head.value.shape[-1]
-    rows = jnp.zeros((1, 1, G, queries.size), head.query.dtype)
-    part = Partial(rows - jnp.inf, rows, jnp.zeros((*rows.shape, E), rows.dtype))
-    for start, stop, masked in _stretches(head, span(head.mask, i, queries, keys), keys):
-        part = lax.fori_loop(start, stop, _step(head, queries.start(i), queries, keys, masked), part)
-    return part.output(), part.residual()
+    output, residual = repeated(group, tiling.groups)
+    (B, K, G, T), E = inputs.query.shape[:4], inputs.value.shape[-1]
+    return jnp.moveaxis(output.reshape(B, K, E, G, T), 2, 4), residual.reshape(B, K, G, T).astype(dtype)
 
 
-def _stretches(head: Inputs, tiles: Span, keys: Tiles) -> list[tuple[Any, Any, bool]]:
+def _limit(inputs: Inputs) -> Float[Array, "B K G T"]:
+    """An upper bound on the size of the logits of each query; infinite where there is a bias."""
+    longest = norms(inputs.key.astype(inputs.query.dtype)).max(-1)
+    limit = norms(inputs.query) * longest[..., None, None]
+    if inputs.soft_cap is not None:
+        limit = jnp.minimum(limit, inputs.soft_cap.astype(limit.dtype))
+    return limit if inputs.bias is None else jnp.full_like(limit, jnp.inf)
+
+
+def _query_tile(part: Inputs, query, value, limit, tiling: Tiling, i):
+    """The output and residual of query tile i of a group of heads."""
+    query, limit = rows(query, tiling, i), rows(limit, tiling, i)
+    calm = (limit <= CALM).all()
+    level = jnp.where(calm, limit * unit(limit.dtype), -jnp.inf)
+    found = Partial(level, jnp.zeros((*value.shape[:2], value.shape[2] + 1, *level.shape[2:]), level.dtype))
+    for start, stop, masked in _stretches(part, span(part.mask, i, tiling.queries, tiling.keys), tiling.keys):
+        found = lax.fori_loop(start, stop, _step(part, query, value, calm, tiling, i, masked), found)
+    return found.output(), found.residual()
+
+
+def _stretches(part: Inputs, tiles: Span, keys: Tiles) -> list[tuple[Any, Any, bool]]:
     """The loops over key tiles that a mask asks for: only the edges of a band are masked."""
     stretches = []
-    if head.mask.window is not None and not irregular(head.mask):
+    if part.mask.window is not None and not irregular(part.mask):
         stretches.append((tiles.first, tiles.open, True))
-    if not irregular(head.mask):
+    if not irregular(part.mask):
         stretches.append((tiles.open, tiles.shut, False))
-    if banded(head.mask) or irregular(head.mask) or keys.overlap:
+    if banded(part.mask) or irregular(part.mask) or keys.overlap:
         stretches.append((tiles.shut, tiles.end, True))
     return stretches
 
 
-def _step(head: Inputs, row, queries: Tiles, keys: Tiles, masked: bool) -> Callable[[Any, Partial], Partial]:
+def _step(part: Inputs, query, value, calm, tiling: Tiling, i, masked: bool) -> Callable[[Any, Partial], Partial]:
     """The loop body that adds key tile j."""
 
-    def step(j, part: Partial) -> Partial:
-        logits = head.scores(row, queries.size, keys.start(j), keys.size)
-        if masked:
-            logits = jnp.where(visible(head, row, queries, j, keys), logits, -jnp.inf)
-        top = jnp.maximum(part.top, logits.max(-1))
-        weights = jnp.exp(logits - finite(top)[..., None])
-        kept = jnp.exp(part.top - finite(top))
-        value = lax.dynamic_slice_in_dim(head.value, keys.start(j), keys.size, axis=2)
-        gained = jnp.einsum("BKGTS,BKSE->BKGTE", weights, value.astype(weights.dtype), precision=lax.Precision.HIGHEST)
-        return Partial(top, part.total * kept + weights.sum(-1), part.values * kept[..., None] + gained)
+    def step(j, found: Partial) -> Partial:
+        raw = scores(query, columns(part.key, tiling, j, query.dtype))
+
+        def logits():
+            shown = in_units(shaped(raw, part.soft_cap, bias_tile(part, tiling, i, j)), part)
+            return jnp.where(visible(part, tiling, i, j), shown, -jnp.inf) if masked else shown
+
+        level = lax.cond(calm, lambda: found.level, lambda: jnp.maximum(found.level, logits().max(2)))
+        weights = power(logits() - finite(level)[:, :, None])
+        kept = power(found.level - finite(level))
+        gained = product("BKES,BKSGT->BKEGT", _with_ones(value, tiling, j, weights.dtype), weights)
+        return Partial(level, found.sums * kept[:, :, None] + gained)
 
     return step
 
 
-def visible(head: Inputs, row, queries: Tiles, j, keys: Tiles):
-    """Which keys of tile j the queries from `row` on see, and no tile before has shown them."""
-    seen = head.mask.tile(row, queries.size, keys.start(j), keys.size)
-    return seen & keys.owned(j).reshape(1, 1, 1, 1, -1) if keys.overlap else seen
+def _with_ones(value: Float[Array, "b k E S"], tiling: Tiling, j, dtype: Any) -> Float[Array, "b k E+1 C"]:
+    """V^T of key tile j above a row of ones: one product then gives the weighted sum and the sum of the weights."""
+    tile = lax.dynamic_slice_in_dim(value, tiling.keys.start(j), tiling.keys.size, axis=3).astype(dtype)
+    return jnp.concatenate([tile, jnp.ones_like(tile[:, :, :1])], axis=2)
 
 
 def repeated(body: Callable[[Any], Any], count: int):

@@ -1,26 +1,62 @@
 """How large tiles are, where the caller does not say."""
 
+from typing import Any, NamedTuple
+
+from jax import lax
+from jaxtyping import Array, Float
+
 from attention.chunked.tiles import Tiles
 
-# `python -m experiments.benchmark tiles --lengths 4096` on a CPU with 1 MiB of second-level cache a core: forward,
-# 512 x 512 is within 15% of the fastest of the nine sizes from 256 to 1024; forward and backward with one size for
-# both, 512 x 256 is the fastest or within 2% of it, and 512 x 512 up to 1.3 times slower. Not measured on accelerators.
-ROWS = 512  # rows of a tile, of all query heads that share the key head
-AREA = 512 * 512  # logits in a tile of the forward pass: 1 MiB in float32
-DERIVATIVE_AREA = 512 * 256  # logits in a tile of the derivative, which holds twice as many arrays of that size
+# Measured by `python -m experiments.benchmark tiles` on a CPU; docs/results/tiles has the figures. A matrix product
+# of fewer than 2**18 logits costs as much as one thread gives, and a band leaves out fewer keys the longer its tiles
+# are. Not measured on accelerators.
+ROWS = 1024  # rows of a tile, of all query heads that share the key head
+BANDED_ROWS = 512  # the same where causality or a window may leave tiles out
+COLUMNS = 512  # keys of a tile
+AREA = ROWS * COLUMNS  # logits of a tile, of all the heads in it: 2 MiB in float32
 ALIGNMENT = 16  # the longest vector unit in float32
 
 
-def chosen(
-    T: int, S: int, G: int, query_chunk: int | None, key_chunk: int | None, area: int = AREA
-) -> tuple[Tiles, Tiles]:
-    """The tiles of queries and of keys: what was asked for, or ROWS rows and `area` logits in even tiles.
+class Tiling(NamedTuple):
+    """How each axis of the problem is cut. A tile holds a group of heads, and the loops over groups are outermost."""
 
-    Tiles of few queries are long in the keys: one query reads AREA keys at a time.
+    batch: Tiles
+    heads: Tiles
+    queries: Tiles
+    keys: Tiles
+
+    @property
+    def groups(self) -> int:
+        return self.batch.count * self.heads.count
+
+    def corner(self, n) -> tuple[Any, Any]:
+        """The first batch element and the first key head of group n."""
+        return self.batch.start(n // self.heads.count), self.heads.start(n % self.heads.count)
+
+    def heads_of(self, x: Float[Array, "B K *N"], corner: tuple[Any, Any]) -> Float[Array, "b k *N"]:
+        """What belongs to the group at a corner."""
+        sizes = (self.batch.size, self.heads.size, *x.shape[2:])
+        return lax.dynamic_slice(x, (*corner, *(0,) * (x.ndim - 2)), sizes)
+
+
+def chosen(
+    B: int, K: int, G: int, T: int, S: int, *, skips: bool, query_chunk: int | None = None, key_chunk: int | None = None
+) -> Tiling:
+    """The tiles that were asked for, or by default even ones of about AREA logits.
+
+    ROWS rows by COLUMNS keys of one head; where the problem is smaller than that, several heads and then several
+    batch elements together, as long as they divide their axes; and where rows are few, more keys. `skips` says that
+    the mask may leave tiles out.
     """
-    rows = min(T, query_chunk) if query_chunk else even(T, max(1, ROWS // G))
-    cols = min(S, key_chunk) if key_chunk else even(S, area // min(ROWS, rows * G))
-    return Tiles(T, rows), Tiles(S, cols)
+    most = BANDED_ROWS if skips else ROWS
+    rows = min(T, query_chunk) if query_chunk else even(T, max(1, most // G))
+    cols = min(S, key_chunk) if key_chunk else even(S, COLUMNS)
+    room = max(1, AREA // (G * rows * cols))
+    heads = _divisor(K, room)
+    batch = _divisor(B, room // heads) if heads == K else 1
+    if not key_chunk:
+        cols = even(S, max(cols, AREA // (G * rows * heads * batch)))
+    return Tiling(Tiles(B, batch), Tiles(K, heads), Tiles(T, rows), Tiles(S, cols))
 
 
 def even(length: int, size: int) -> int:
@@ -28,3 +64,8 @@ def even(length: int, size: int) -> int:
     count = -(-length // size)
     even_size = -(-length // count)
     return min(length, -(-even_size // ALIGNMENT) * ALIGNMENT) if count > 1 else length
+
+
+def _divisor(length: int, limit: int) -> int:
+    """The largest divisor of an axis within a limit."""
+    return max(size for size in range(1, length + 1) if length % size == 0 and size <= max(1, limit))

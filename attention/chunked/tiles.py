@@ -81,14 +81,25 @@ def irregular(mask: Mask) -> bool:
 
 
 def span(mask: Mask, i, queries: Tiles, keys: Tiles) -> Span:
-    """What query tile i reads, for a mask of one batch element. Segments and dense masks skip nothing."""
-    if not banded(mask):
+    """What query tile i reads, for all the batch elements of the mask. Dense masks skip nothing."""
+    if not banded(mask) and mask.query_segments is None:
         return Span(0, 0, 0 if irregular(mask) else keys.length // keys.size, keys.count)
-    first, last = (lax.dynamic_slice_in_dim(x, queries.start(i), queries.size, axis=1)[0] for x in mask.key_range())
+    first, last = (lax.dynamic_slice_in_dim(x, queries.start(i), queries.size, axis=1) for x in mask.key_range())
     seeing = first <= last
     lowest = jnp.where(seeing, first, keys.length).min() // keys.size
     end = jnp.where(seeing, last, -1).max() // keys.size + 1
+    if mask.query_segments is not None and mask.key_segments is not None:
+        mine = lax.dynamic_slice_in_dim(mask.query_segments, queries.start(i), queries.size, axis=1)
+        shared = _within_range(mine, keys.split(mask.key_segments, 1))
+        lowest = jnp.maximum(lowest, shared.argmax())
+        end = jnp.where(shared.any(), jnp.minimum(end, keys.count - shared[::-1].argmax()), 0)
     if irregular(mask):
         return Span(lowest, lowest, lowest, end)
     opened = jnp.clip(-(-first.max() // keys.size), lowest, end)
     return Span(lowest, opened, jnp.clip((last.min() + 1) // keys.size, opened, end), end)
+
+
+def _within_range(mine: Int[Array, "b R"], theirs: Int[Array, "count b C"]) -> Bool[Array, " count"]:
+    """Which key tiles have a segment id between the least and the greatest of the queries, in any batch element."""
+    low, high = mine.min(1)[None], mine.max(1)[None]
+    return ((theirs.min(2) <= high) & (theirs.max(2) >= low)).any(1)

@@ -78,7 +78,7 @@ class TopK(Cached):
         C = min(self.query_chunk, T)
 
         def head(index):
-            own = inputs.one_head(index // K, index % K)
+            own = inputs.part(index // K, 1, index % K, 1)
 
             def chunk(row):
                 logits = own.masked_scores(row, C, 0, S)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.chunked.sizes import chosen, even
+from attention.chunked.sizes import AREA, chosen, even
 from attention.chunked.tiles import Tiles, span
 from attention.masks import Mask
 
@@ -86,9 +86,17 @@ def test_even_tiles_are_as_many_as_asked_for(length, size):
     assert tiles.size < size + 16
 
 
-@pytest.mark.parametrize(("T", "S", "G"), [(1, 1, 1), (1, 32768, 1), (4096, 4096, 1), (4096, 4096, 8), (4099, 31, 600)])
-def test_default_tiles_hold_a_bounded_number_of_logits(T, S, G):
-    queries, keys = chosen(T, S, G, None, None)
-    # 2**18, once more for rounding sizes up to vectors of 16, and G where not even one row of each head is less.
-    assert queries.size * G * keys.size <= 2**19 * max(1, G // 512 + 1)
-    assert chosen(T, S, G, 3, 5) == (Tiles(T, min(T, 3)), Tiles(S, min(S, 5)))
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize(
+    ("B", "K", "G", "T", "S"),
+    [(1, 8, 1, 1, 1), (1, 8, 1, 1, 32768), (2, 8, 1, 4096, 4096), (1, 3, 8, 4096, 4099), (6, 5, 600, 4099, 31)],
+)
+def test_default_tiles_hold_a_bounded_number_of_logits(B, K, G, T, S, skips):
+    batch, heads, queries, keys = chosen(B, K, G, T, S, skips=skips)
+    assert B % batch.size == 0
+    assert K % heads.size == 0
+    assert batch.size == 1 or heads.size == K
+    # AREA, once more for rounding sizes up to vectors of 16, and G where not even one row of each head is less.
+    assert batch.size * heads.size * G * queries.size * keys.size <= 2 * AREA * max(1, G // 512 + 1)
+    _, _, queries, keys = chosen(B, K, G, T, S, skips=skips, query_chunk=3, key_chunk=5)
+    assert (queries, keys) == (Tiles(T, min(T, 3)), Tiles(S, min(S, 5)))
