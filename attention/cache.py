@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from attention.checks import traced_check
-from attention.inputs import emptied, prepare_tokens, ungrouped
+from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
 from attention.masks import Mask
 from attention.method import Method, compiled
 
@@ -18,37 +18,43 @@ from attention.method import Method, compiled
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyValueCache:
-    """Room for the keys and values of a sequence, of which the first `length` are filled."""
+    """Room for the keys and values of a sequence, of which the first `length` are filled; laid out as callers do."""
 
-    key: Float[Array, "B K L H"]
-    value: Float[Array, "B K L E"]
+    key: Float[Array, "B L K H"]
+    value: Float[Array, "B L K E"]
     length: Int[Array, ""]
 
     @property
     def max_length(self) -> int:
-        return self.key.shape[2]
+        return self.key.shape[1]
 
-    def append(self, key: Float[Array, "B K S H"], value: Float[Array, "B K S E"]) -> "KeyValueCache":
+    def append(self, key: Float[Array, "B S K H"], value: Float[Array, "B S K E"]) -> "KeyValueCache":
         """The cache with S more tokens.
 
         Raises:
             ValueError: the cache is full. Where the length is traced, `checkify` reports it; without it the
                 new values are NaN, so that an overrun cannot pass for an answer.
         """
-        end = self.length + key.shape[2]
+        end = self.length + key.shape[1]
         fits = end <= self.max_length
         if not isinstance(end, Tracer) and not fits:
             raise ValueError(
                 f"the cache holds {self.length} tokens of max_length {self.max_length}: "
-                f"{key.shape[2]} more do not fit; pass a larger max_length to init_state"
+                f"{key.shape[1]} more do not fit; pass a larger max_length to init_state"
             )
         traced_check(fits, "the cache is full: {end} tokens", end=end)
         value = jnp.where(fits, value, jnp.nan)
-        return KeyValueCache(
-            key=lax.dynamic_update_slice_in_dim(self.key, key.astype(self.key.dtype), self.length, axis=2),
-            value=lax.dynamic_update_slice_in_dim(self.value, value.astype(self.value.dtype), self.length, axis=2),
-            length=end,
-        )
+
+        def write(_, room):
+            return tuple(
+                lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length, axis=1)
+                for old, new in zip(room, (key, value), strict=True)
+            )
+
+        # A loop of one step, which XLA does not know: it updates in place, where the bare update would be fused into
+        # every reader of the cache, with a copy for each.
+        key, value = lax.fori_loop(0, jnp.minimum(end, 1), write, (self.key, self.value))
+        return KeyValueCache(key=key, value=value, length=end)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class Cached(Method, register=False):
     """A method whose decoding state is the cache, and whose `extend` is `attend` over it."""
 
     def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> KeyValueCache:
-        room = jnp.zeros((batch, num_kv_heads, max_length, head_dim), dtype)
+        room = jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype)
         return KeyValueCache(key=room, value=room, length=jnp.zeros((), jnp.int32))
 
     def extend(
@@ -85,7 +91,7 @@ class Cached(Method, register=False):
             params=params,
             rng=rng,
         )
-        longer = state.append(new.key, new.value)
+        longer = state.append(*(jnp.swapaxes(x, 1, 2) for x in (new.key, new.value)))
         mask = Mask(
             num_queries=new.mask.num_queries,
             num_keys=longer.max_length,
@@ -94,5 +100,10 @@ class Cached(Method, register=False):
             offset=state.length[None],
             key_lengths=longer.length[None],
         )
-        whole = emptied(dataclasses.replace(new, key=longer.key, value=longer.value, mask=mask))
-        return longer, ungrouped(compiled(whole, method=self, hook="attend"), query).astype(query.dtype)
+        key, value = (jnp.swapaxes(x, 1, 2) for x in (longer.key, longer.value))
+        whole = dataclasses.replace(new, key=key, value=value, mask=mask)
+        return longer, ungrouped(compiled(whole, method=self, hook="attend_cached"), query).astype(query.dtype)
+
+    def attend_cached(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
+        """`attend` for inputs whose unseen slots may still hold anything."""
+        return self.attend(emptied(inputs))

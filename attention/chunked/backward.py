@@ -17,8 +17,8 @@ from attention.chunked.logits import (
     bias_tile,
     columns,
     in_units,
+    key_in_units,
     product,
-    query_in_units,
     rows,
     scores,
     shaped,
@@ -38,13 +38,12 @@ def backward(inputs: Inputs, output, residual, cotangents, moving: tuple[str, ..
     # A row that sees no key has no weights: exp(l - inf) = 0.
     level = jnp.where(jnp.isneginf(residual), jnp.inf, residual) * unit(dtype)
     offset = cotangents[1] - (d_output * output).sum(-1)
-    # Transposed once, whole: within a loop the same costs several times as much.
-    transposed = query_in_units(inputs), upright(d_output), jnp.swapaxes(inputs.key, 2, 3)
+    up_key = jnp.swapaxes(inputs.key, 2, 3)
 
     def group(shared: Named, n):
         corner = tiling.corner(n)
         part = inputs.part(corner[0], tiling.batch.size, corner[1], tiling.heads.size)
-        own = [tiling.heads_of(x, corner) for x in (d_output, level, offset, *transposed)]
+        own = [tiling.heads_of(x, corner) for x in (d_output, level, offset, up_key)]
         return _group(part, *own, shared, corner, moving, tiling)
 
     shared = {name: jnp.zeros(getattr(inputs, name).shape, dtype) for name in ("bias", "soft_cap") if name in moving}
@@ -52,11 +51,15 @@ def backward(inputs: Inputs, output, residual, cotangents, moving: tuple[str, ..
     return shared | {name: x.reshape(getattr(inputs, name).shape) for name, x in own.items()}
 
 
-def _group(part: Inputs, d_output, level, offset, up_query, up_output, up_key, shared, corner, moving, tiling: Tiling):
+def _group(part: Inputs, d_output, level, offset, up_key, shared: Named, corner, moving, tiling: Tiling):
     """One group of heads: `shared` grown by its part of the cotangents that groups share, and its own ones."""
     dtype, queries, keys = d_output.dtype, tiling.queries, tiling.keys
     spans = jax.vmap(lambda i: jnp.stack([jnp.asarray(x) for x in span(part.mask, i, queries, keys)]))
     first, _, _, end = spans(jnp.arange(queries.count)).T
+    up_query, up_output = (
+        lax.map(lambda i, x=x: upright(rows(x, tiling, i, axis=3)), jnp.arange(queries.count))
+        for x in (part.query, d_output)
+    )
     masked = banded(part.mask) or irregular(part.mask) or keys.overlap > 0
 
     def key_tile(carry, j):
@@ -69,14 +72,14 @@ def _group(part: Inputs, d_output, level, offset, up_query, up_output, up_key, s
             query, d_out = (rows(x, tiling, i, axis=3) for x in (part.query, d_output))
             operands = {"soft_cap": part.soft_cap, "bias": bias_tile(part, tiling, i, j)}
             logits, pull = jax.vjp(
-                lambda raw, given: shaped(raw, **given), scores(rows(up_query, tiling, i), key), operands
+                lambda raw, given: shaped(raw, **given), scores(up_query[i], key_in_units(key, part)), operands
             )
             weights = power(in_units(logits, part) - rows(level, tiling, i)[:, :, None])
             if masked:
                 weights = jnp.where(visible(part, tiling, i, j), weights, 0)
             if queries.overlap:  # rows that the last tile shares with the one before count once
                 weights = jnp.where(queries.owned(i).reshape(1, 1, 1, 1, -1), weights, 0)
-            change = scores(rows(up_output, tiling, i), value) + rows(offset, tiling, i)[:, :, None]
+            change = scores(up_output[i], value) + rows(offset, tiling, i)[:, :, None]
             d_scores, others = pull(weights * change)
             held = dict(held)
             if "value" in moving:
@@ -93,7 +96,7 @@ def _group(part: Inputs, d_output, level, offset, up_query, up_output, up_key, s
         shared, d_query, held = lax.fori_loop(start, stop, add, (*carry, held))
         return (shared, d_query), held
 
-    d_query = jnp.zeros((queries.count, *up_query.shape[:4], queries.size), dtype) if "query" in moving else None
+    d_query = jnp.zeros_like(up_query) if "query" in moving else None
     (shared, d_query), own = lax.scan(key_tile, (shared, d_query), jnp.arange(keys.count))
     own = {name: keys.join(x, 2) for name, x in own.items()}
     if d_query is not None:

@@ -18,11 +18,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from attention.chunked.backward import backward
+from attention.chunked.decode import decode, is_few
 from attention.chunked.linear_map import LinearMap, apply
 from attention.chunked.online import attend
 from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Tiles, banded, span
-from attention.inputs import Inputs
+from attention.inputs import Inputs, emptied
 from attention.masks import slice_or_keep
 
 Tangents = dict[str, jax.Array]
@@ -37,7 +38,7 @@ _KEYS = {"key": 2, "value": 2, "bias": 4}
 
 
 def attention(inputs: Inputs, tiling: Tiling):
-    """`online.attend`, with the derivative of this file."""
+    """`online.attend`, or `decode` for a few queries, with the derivative of this file."""
     operands = {name: getattr(inputs, name) for name in _OPERANDS if getattr(inputs, name) is not None}
     arrays, form = jax.tree.flatten((inputs.mask, inputs.beta))
     return _attention(operands, arrays, form, tiling)
@@ -46,7 +47,8 @@ def attention(inputs: Inputs, tiling: Tiling):
 # The mask travels as bare arrays, because its tangents are no mask; and beta, which the query carries, moves nothing.
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _attention(operands: Tangents, arrays: list[jax.Array], form, tiling: Tiling):
-    return attend(_inputs(operands, arrays, form), tiling)
+    inputs = _inputs(operands, arrays, form)
+    return decode(inputs) if is_few(inputs) else attend(inputs, tiling)
 
 
 @partial(_attention.defjvp, symbolic_zeros=True)
@@ -61,7 +63,7 @@ def _attention_jvp(form, tiling, primals, tangents):
 
     def known(leaves):
         operands, arrays, results = jax.tree.unflatten(structure, leaves)
-        return _inputs(operands, arrays, form), *results
+        return emptied(_inputs(operands, arrays, form)), *results
 
     def definition(leaves, tangents):
         return list(tangent_of(*known(leaves), dict(zip(names, tangents, strict=True)), tiling))

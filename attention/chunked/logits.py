@@ -23,8 +23,8 @@ def rows(x: Float[Array, "..."], tiling: Tiling, i, axis: int = -1) -> Float[Arr
     return lax.dynamic_slice_in_dim(x, tiling.queries.start(i), tiling.queries.size, axis=axis)
 
 
-def upright(x: Float[Array, "b k G T H"]) -> Float[Array, "b k H G T"]:
-    """The transpose, with the queries last; made once, since a product inside a loop would make it each time."""
+def upright(x: Float[Array, "b k G R H"]) -> Float[Array, "b k H G R"]:
+    """The transpose of a tile, with the queries last. (Of a tile: the same of a whole sequence leaves the caches.)"""
     return jnp.moveaxis(x, 4, 2)
 
 
@@ -49,14 +49,13 @@ def shaped(scores: Float[Array, "b k C G R"], soft_cap, bias) -> Float[Array, "b
     return logits if bias is None else logits + jnp.moveaxis(bias, (3, 4), (4, 2)).astype(logits.dtype)
 
 
-def query_in_units(inputs: Inputs) -> Float[Array, "B K H G T"]:
-    """The upright query; times `exponential.unit`, where no cap or bias comes between the scores and the logits."""
-    query = upright(inputs.query)
-    return query * unit(query.dtype) if _plain(inputs) else query
+def key_in_units(key: Float[Array, "b k C H"], part: Inputs) -> Float[Array, "b k C H"]:
+    """The keys times `exponential.unit`, where no cap or bias comes between the scores and the logits."""
+    return key * unit(key.dtype) if _plain(part) else key
 
 
 def in_units(logits: Float[Array, "b k C G R"], part: Inputs) -> Float[Array, "b k C G R"]:
-    """The logits times `exponential.unit`, unless the query has seen to it."""
+    """The logits times `exponential.unit`, unless the keys have seen to it."""
     return logits if _plain(part) else logits * unit(logits.dtype)
 
 

@@ -5,11 +5,12 @@ import dataclasses
 from jaxtyping import Array, Float
 
 from attention.cache import Cached
+from attention.chunked.decode import is_few
 from attention.chunked.derivative import attention
 from attention.chunked.sizes import Tiling, chosen
 from attention.chunked.tiles import banded, irregular
 from attention.exact import Exact, exact_certificate
-from attention.inputs import Inputs
+from attention.inputs import Inputs, emptied
 from attention.method import Certificate, Cost, check_positive
 
 
@@ -61,6 +62,9 @@ class Chunked(Cached):
         # |l - max|, as without tiles. What is left is one exponential and one product a tile. A tile's sum and the
         # running sum together are one order of summation of the visible keys; masked ones add exact zeros.
         return self.attend(inputs), exact_certificate(inputs, rescalings=self._tiling(inputs).keys.count)
+
+    def attend_cached(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
+        return self.attend(inputs if is_few(inputs) else emptied(inputs))
 
     def _tiling(self, inputs: Inputs) -> Tiling:
         B, K, G, T, _ = inputs.query.shape

@@ -12,16 +12,17 @@ from attention.chunked.logits import (
     bias_tile,
     columns,
     in_units,
+    key_in_units,
     product,
-    query_in_units,
     rows,
     scores,
     shaped,
+    upright,
     visible,
 )
 from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Span, Tiles, banded, irregular, span
-from attention.exact import norms
+from attention.exact import max_over_visible, norms
 from attention.inputs import Inputs
 
 # Where no logit of a tile of queries can exceed this size, weights are taken relative to a bound on the logits, which
@@ -58,35 +59,35 @@ def finite(level: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def attend(inputs: Inputs, tiling: Tiling) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
     """The output and log(sum(exp(logits))) of every query, a tile of a few heads at a time."""
-    dtype = inputs.query.dtype
-    # Transposed once, whole: within a loop the same costs several times as much.
-    operands = query_in_units(inputs), jnp.swapaxes(inputs.value, 2, 3), _limit(inputs)
+    value = jnp.swapaxes(inputs.value, 2, 3)
 
     def group(n):
         corner = tiling.corner(n)
         part = inputs.part(corner[0], tiling.batch.size, corner[1], tiling.heads.size)
-        own = [tiling.heads_of(x, corner) for x in operands]
-        output, residual = repeated(lambda i: _query_tile(part, *own, tiling, i), tiling.queries.count)
+        limit, own = _limit(part), tiling.heads_of(value, corner)
+        output, residual = repeated(lambda i: _query_tile(part, own, limit, tiling, i), tiling.queries.count)
         return tiling.queries.join(output, 4), tiling.queries.join(residual, 3)
 
     output, residual = repeated(group, tiling.groups)
     (B, K, G, T), E = inputs.query.shape[:4], inputs.value.shape[-1]
-    return jnp.moveaxis(output.reshape(B, K, E, G, T), 2, 4), residual.reshape(B, K, G, T).astype(dtype)
+    return jnp.moveaxis(output.reshape(B, K, E, G, T), 2, 4), residual.reshape(B, K, G, T)
 
 
-def _limit(inputs: Inputs) -> Float[Array, "B K G T"]:
-    """An upper bound on the size of the logits of each query; infinite where there is a bias."""
-    longest = norms(inputs.key.astype(inputs.query.dtype)).max(-1)
-    limit = norms(inputs.query) * longest[..., None, None]
+def _limit(inputs: Inputs) -> Float[Array, "b k G T"]:
+    """An upper bound on the size of the logits that each query sees; infinite where there is a bias."""
+    lengths = norms(inputs.key.astype(inputs.query.dtype))
+    # Of the keys that a query sees alone: what comes after it must not move a bit of its output.
+    longest = max_over_visible(inputs.mask, lengths) if banded(inputs.mask) else lengths.max(-1)[..., None, None]
+    limit = norms(inputs.query) * longest
     if inputs.soft_cap is not None:
         limit = jnp.minimum(limit, inputs.soft_cap.astype(limit.dtype))
     return limit if inputs.bias is None else jnp.full_like(limit, jnp.inf)
 
 
-def _query_tile(part: Inputs, query, value, limit, tiling: Tiling, i):
+def _query_tile(part: Inputs, value, limit, tiling: Tiling, i):
     """The output and residual of query tile i of a group of heads."""
-    query, limit = rows(query, tiling, i), rows(limit, tiling, i)
-    calm = (limit <= CALM).all()
+    query, limit = upright(rows(part.query, tiling, i, axis=3)), rows(limit, tiling, i)
+    calm = limit <= CALM
     level = jnp.where(calm, limit * unit(limit.dtype), -jnp.inf)
     found = Partial(level, jnp.zeros((*value.shape[:2], value.shape[2] + 1, *level.shape[2:]), level.dtype))
     for start, stop, masked in _stretches(part, span(part.mask, i, tiling.queries, tiling.keys), tiling.keys):
@@ -110,13 +111,15 @@ def _step(part: Inputs, query, value, calm, tiling: Tiling, i, masked: bool) -> 
     """The loop body that adds key tile j."""
 
     def step(j, found: Partial) -> Partial:
-        raw = scores(query, columns(part.key, tiling, j, query.dtype))
+        raw = scores(query, key_in_units(columns(part.key, tiling, j, query.dtype), part))
 
         def logits():
             shown = in_units(shaped(raw, part.soft_cap, bias_tile(part, tiling, i, j)), part)
             return jnp.where(visible(part, tiling, i, j), shown, -jnp.inf) if masked else shown
 
-        level = lax.cond(calm, lambda: found.level, lambda: jnp.maximum(found.level, logits().max(2)))
+        # A row keeps its own kind of level, whatever the others in its tile do: the tile only decides what is computed.
+        largest = lax.cond(calm.all(), lambda: found.level, lambda: jnp.maximum(found.level, logits().max(2)))
+        level = jnp.where(calm, found.level, largest)
         weights = power(logits() - finite(level)[:, :, None])
         kept = power(found.level - finite(level))
         gained = product("BKES,BKSGT->BKEGT", _with_ones(value, tiling, j, weights.dtype), weights)

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float
 from attention.chunked.tiles import Tiles
 
 # Measured by `python -m experiments.benchmark tiles` on a CPU; docs/results/tiles has the figures. A matrix product
-# of fewer than 2**18 logits costs as much as one thread gives, and a band leaves out fewer keys the longer its tiles
-# are. Not measured on accelerators.
+# of no more than 2**22 multiplications runs on one thread, and a tile passes through the caches that the threads share.
+# A band leaves out fewer tiles the longer they are. Not measured on accelerators.
 ROWS = 1024  # rows of a tile, of all query heads that share the key head
-BANDED_ROWS = 512  # the same where causality or a window may leave tiles out
+BANDED_ROWS = 256  # the same where the mask may leave tiles out
 COLUMNS = 512  # keys of a tile
-AREA = ROWS * COLUMNS  # logits of a tile, of all the heads in it: 2 MiB in float32
+AREA = 2**20  # logits of a tile, of all the heads in it: 4 MiB in float32
 ALIGNMENT = 16  # the longest vector unit in float32
 
 
@@ -44,18 +44,19 @@ def chosen(
 ) -> Tiling:
     """The tiles that were asked for, or by default even ones of about AREA logits.
 
-    ROWS rows by COLUMNS keys of one head; where the problem is smaller than that, several heads and then several
-    batch elements together, as long as they divide their axes; and where rows are few, more keys. `skips` says that
-    the mask may leave tiles out.
+    ROWS rows by COLUMNS keys, BANDED_ROWS where the mask may leave tiles out (`skips`), of as many key heads and then
+    batch elements as divide their axes. What is left of AREA goes to the keys, or to the rows where tiles may be left
+    out.
     """
-    most = BANDED_ROWS if skips else ROWS
-    rows = min(T, query_chunk) if query_chunk else even(T, max(1, most // G))
+    rows = min(T, query_chunk) if query_chunk else even(T, max(1, (BANDED_ROWS if skips else ROWS) // G))
     cols = min(S, key_chunk) if key_chunk else even(S, COLUMNS)
-    room = max(1, AREA // (G * rows * cols))
-    heads = _divisor(K, room)
-    batch = _divisor(B, room // heads) if heads == K else 1
-    if not key_chunk:
-        cols = even(S, max(cols, AREA // (G * rows * heads * batch)))
+    heads = divisor(K, AREA // (G * rows * cols))
+    batch = divisor(B, AREA // (G * rows * cols * heads)) if heads == K else 1
+    spare = max(1, AREA // (G * rows * cols * heads * batch))
+    if skips and not query_chunk:
+        rows = even(T, max(rows, min(spare * rows, ROWS // G)))
+    elif not skips and not key_chunk:
+        cols = even(S, spare * cols)
     return Tiling(Tiles(B, batch), Tiles(K, heads), Tiles(T, rows), Tiles(S, cols))
 
 
@@ -66,6 +67,6 @@ def even(length: int, size: int) -> int:
     return min(length, -(-even_size // ALIGNMENT) * ALIGNMENT) if count > 1 else length
 
 
-def _divisor(length: int, limit: int) -> int:
+def divisor(length: int, limit: int) -> int:
     """The largest divisor of an axis within a limit."""
     return max(size for size in range(1, length + 1) if length % size == 0 and size <= max(1, limit))
