@@ -18,7 +18,7 @@ class _Unit(NamedTuple):
 
 
 def gradient_rounding(query, key, value, cotangent, *, rescalings: int, fixed_shift: float = 0.0, **options):
-    r"""Bounds on the errors of dq, dk, dv (shaped as they are) against `oracle_gradients`, for any method that is exact.
+    r"""Bounds on the errors of dq, dk and dv, entry by entry, against `oracle_gradients`, for any exact method.
 
     `docs/bounds.md` derives them: with M the bounds on what moves, P the weights, p = dO V^T and delta = rowsum(P p),
 
