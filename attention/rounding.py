@@ -1,6 +1,7 @@
 """What floating point does to softmax attention: bounds on the error of logits, sums and outputs."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -83,8 +84,8 @@ def sum_rounding(inputs: Inputs, *, rescalings: int) -> Float[Array, "B K G T"]:
     As e in `rounding_bound`, with 2 L or what underflows first for the exponent, since such a sum may have no more
     than the smallest of the terms.
     """
-    bits = -jnp.log(jnp.finfo(inputs.query.dtype).smallest_subnormal)
-    return _sums(inputs, jnp.minimum(2 * _logit_bound(inputs), bits), rescalings, None)
+    vanishing = 1 - math.log(float(jnp.finfo(inputs.query.dtype).smallest_subnormal))  # 104.3 in float32
+    return _sums(inputs, jnp.minimum(2 * _logit_bound(inputs), vanishing), rescalings, None)
 
 
 def roundoff(dtype) -> float:
