@@ -46,7 +46,7 @@ class Capabilities:
         head_independent: a head's output depends on that head's operands alone.
         sees_all: every visible key contributes, so that an infinite temperature gives the mean over them.
         rounding: the floating-point error of the method against itself in exact arithmetic is at most this
-            multiple of `attention.exact.rounding_bound`, at norms of order one.
+            multiple of `attention.rounding.rounding_bound`, at norms of order one.
     """
 
     causal: bool = False

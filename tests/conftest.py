@@ -1,6 +1,8 @@
 """Tests run with shapes and types checked, rank promotion forbidden, and compilations kept between runs."""
 
+import itertools
 import os
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -29,3 +31,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="a long campaign: make campaign"))
         if item.get_closest_marker("accelerator") and jax.default_backend() == "cpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU or a TPU, found the CPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The worst and the median of all ratios that tests recorded as `error / bound`, by what they are of."""
+    found: dict[str, list[float]] = {}
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        for name, ratios in getattr(report, "user_properties", ()):
+            if name == "error / bound" and report.when == "call":
+                for quantity in ratios:
+                    found.setdefault(quantity, []).extend(ratios[quantity])
+    if found:
+        terminalreporter.section("error / bound")
+        for quantity, ratios in sorted(found.items()):
+            worst, median = max(ratios), statistics.median(ratios)
+            terminalreporter.line(f"{quantity:18} {len(ratios):6} cases, worst {worst:.3f}, median {median:.4f}")

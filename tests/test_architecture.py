@@ -12,10 +12,11 @@ FAMILIES = {"chunked", "linear", "sparse", "sharded", "fused"}
 FOUNDATION = {"method": set(), "masks": set(), "checks": set(), "logits": {"checks"}}
 FOUNDATION |= {"inputs": {"method", "masks", "logits", "checks"}}
 FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
-FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache"}}
+FOUNDATION |= {"rounding": {"masks", "inputs"}}
+FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache", "rounding"}}
 FOUNDATION |= {"diagnostics": {"method", "masks", "logits", "inputs", "exact"}}
 FOUNDATION |= {"api": {"method", "masks", "logits", "inputs", "exact"}}
-BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "exact"}
+BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
 
 
 def imported(path: Path) -> set[str]:

@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.checks import traced_check
-from attention.exact import sees_any
 from attention.inputs import Inputs
 from attention.linear.state import Features, LinearState, absorb, read, read_causally
+from attention.rounding import sees_any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.exact import logit_rounding, max_over_visible, norms, rounding_bound, sees_any, sum_rounding
 from attention.inputs import Inputs
 from attention.method import Certificate
+from attention.rounding import logit_rounding, max_over_visible, norms, rounding_bound, sees_any, sum_rounding
 
 
 def value_diameter(inputs: Inputs) -> Float[Array, "B K 1 T"]:

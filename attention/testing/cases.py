@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Array
 
 from attention.api import certified_attention, dot_product_attention
-from attention.exact import rounding_bound
 from attention.inputs import prepare, ungrouped
 from attention.method import Method, Params
+from attention.rounding import rounding_bound
 
-# Equalities that hold in exact arithmetic are checked in float64. There `attention.exact.rounding_bound` stays
+# Equalities that hold in exact arithmetic are checked in float64. There `attention.rounding.rounding_bound` stays
 # under 2**-40 of the largest value for the lengths and logits of the laws; any difference in algebra is of order
 # one. The number between leaves room for methods whose rounding is a multiple of softmax's.
 SAME = 2.0**-30
