@@ -19,31 +19,46 @@ Implementation = Literal["auto", Name]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fused(Cached):
-    """softmax(beta Q K^T + bias) V by the kernel of a vendor, or the fastest of them that takes the call.
+    """softmax(beta Q K^T + bias) V by the kernel of a vendor.
 
-    "xla" and "cudnn" are those of `jax.nn.dot_product_attention`, "tpu:splash" the one that jax ships for TPUs, and
-    the others those of tokamax, which is installed with `pip install attention-lab[fused]`. "auto" takes the first
-    that can do what the call asks, in an order that the backend gives, and `Exact` where none can: for float64
-    operands, a soft cap, or the log normaliser. `Fused().resolved(inputs)` is the choice.
+    "xla" and "cudnn" are those of `jax.nn.dot_product_attention`, "tpu:splash" is the one that jax ships for TPUs,
+    and the others are those of tokamax (`pip install attention-lab[fused]`). "auto" takes the first that can do
+    what a call asks, in the order of `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, a
+    soft cap, or the log normaliser. `Fused().resolved(inputs)` is its choice; at H = 64 and T = S = 4,096, and
+    after a comma where tokamax is installed, it is
 
-    TABLE
+        backend  operands  plain, causal or lengths  causal window        segments             mask or bias
+        cpu      float32   xla                       xla                  xla                  xla
+        cpu      bfloat16  xla                       xla                  xla                  xla
+        cpu      float16   Exact                     Exact                Exact                Exact
+        gpu 8.0  float32   xla, tokamax:triton       xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 8.0  bfloat16  cudnn                     cudnn                cudnn                cudnn
+        gpu 8.0  float16   cudnn                     cudnn                xla, tokamax:triton  xla, tokamax:triton
+        gpu 9.0  float32   xla, tokamax:triton       xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 9.0  bfloat16  cudnn                     cudnn                cudnn                cudnn
+        gpu 9.0  float16   cudnn                     cudnn                xla, tokamax:mosaic  xla, tokamax:mosaic
+        tpu      float32   tpu:splash                tpu:splash           tpu:splash           xla
+        tpu      bfloat16  tpu:splash                tpu:splash           tpu:splash           xla
+        tpu      float16   Exact                     Exact                Exact                Exact
 
-    A named kernel is never replaced: what it cannot do raises. Kernels other than "xla" have derivatives of first
-    order in reverse mode alone, and round beta times the query to the dtype of the operands, as they take no traced
-    scale; "xla" does so in 16 bits where there is one scale a head. A row that sees no key gives 0, with gradient 0,
-    whatever the kernel makes of it.
+    The order on a GPU and a TPU is not measured. A named kernel is never replaced: what it cannot do raises.
+
+    Kernels other than "xla" have first derivatives in reverse mode alone. They round beta times the query to the
+    dtype of the operands, as none takes a traced scale; "xla" does so with one scale a head. In float32, "xla" asks
+    for products in float32 where the backend has faster ones. A row that sees no key gives 0, with gradient 0,
+    whatever the kernel makes of it. What a kernel has no name for, it gets as T S booleans.
 
     Attributes:
         implementation: "auto", or the name of a kernel.
 
-    Cost: 2 T S (H + E) operations a head, half of it where causal, and the operands read once; "xla" computes the
-    masked half too and keeps T S weights a head. Masks that a kernel does not know by name cost it T S booleans.
-    Error bound: `attention.exact.rounding_bound` for "xla" in float32, and on the CPU `weights_bound` more in 16 bits;
-    no bound known for the others. "auto" certifies with a kernel that has one, or with `Exact`.
+    Cost: 2 T S (H + E) operations a head, half of it where causal, and operands read once; "xla" computes the
+    masked half too, and keeps T S weights a head.
+    Error bound: `attention.exact.rounding_bound` for "xla" in float32, and `weights_bound` more in bfloat16 on a
+    CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with `Exact`.
 
     Raises:
         ValueError: `implementation` is no such name.
-        UnsupportedError: the kernel cannot do what a call asks; the message says why and which can.
+        UnsupportedError: a named kernel cannot do what a call asks; the message says why, and which can.
 
     References:
         Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1.
