@@ -6,6 +6,7 @@ The import line of a method is its registration.
 from attention.api import attention_steps, certified_attention, dot_product_attention
 from attention.chunked import Chunked
 from attention.exact import AttentionSteps, Exact
+from attention.fused import Fused
 from attention.linear import Performer
 from attention.method import (
     METHODS,
@@ -28,6 +29,7 @@ __all__ = [
     "Chunked",
     "Cost",
     "Exact",
+    "Fused",
     "Method",
     "Params",
     "Performer",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from attention.exact import AttentionSteps, Exact, softmax, weighted_values
 from attention.inputs import prepare, ungrouped
-from attention.method import Certificate, Method, UnsupportedError, capable, compiled
+from attention.method import Certificate, Method, UnsupportedError, capable, compiled, make_method
 
 
 def dot_product_attention(
@@ -55,7 +55,8 @@ def dot_product_attention(
             One of them serves for both if T = S.
         params: what `method.init` returned.
         rng: a key for methods that draw; without `params` the constants are drawn from it.
-        implementation: as in jax: None and "xla" mean the same here; another kernel is a `method`.
+        implementation: as in jax. None and "xla" leave it to `method`, "cudnn" is
+            `method=Fused(implementation="cudnn")`; other kernels are methods alone.
         return_residual: also return log(sum(exp(logits))) of each row, `B T N`.
 
     Returns:
@@ -72,7 +73,7 @@ def dot_product_attention(
         >>> attention.dot_product_attention(q, k, v, method=attention.Chunked(), temperature=2.0).shape
         (1, 128, 8, 64)
     """
-    _check_implementation(implementation)
+    method = _implemented(method, implementation)
     inputs = prepare(
         method,
         query,
@@ -175,11 +176,15 @@ def attention_steps(query, key, value, bias=None, mask=None, **options) -> Atten
     )
 
 
-def _check_implementation(implementation: str | None) -> None:
-    if implementation not in (None, "xla"):
-        raise UnsupportedError(
-            f"implementation is {implementation!r}: expected None or 'xla'; here a kernel is chosen by method="
-        )
+def _implemented(method: Method, implementation: str | None) -> Method:
+    """The method that jax's `implementation` names; `method` where it names none."""
+    if implementation in (None, "xla"):
+        return method
+    if implementation != "cudnn":
+        raise ValueError(f"implementation is {implementation!r}: expected None, 'xla' or 'cudnn'; others are a method=")
+    if method != Exact():
+        raise ValueError(f"implementation is 'cudnn' and method is {method!r}: expected one of them alone")
+    return make_method("fused", implementation=implementation)
 
 
 __all__ = ["attention_steps", "certified_attention", "dot_product_attention"]

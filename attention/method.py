@@ -135,6 +135,16 @@ class Method(abc.ABC):
         """The output with its certificate (arrays of shape `B K G T`), or None where no bound is known."""
         return self.attend(inputs), None
 
+    def resolved(self, inputs: Any, *asks: str) -> "Method":
+        """The method that computes this call: another one where this one chooses by what the call asks.
+
+        Args:
+            inputs: the call.
+            asks: "residual" or "certificate", where they are wanted beside the output.
+        """
+        del inputs, asks
+        return self
+
     def init(self, rng: Array | None, *, num_heads: int, head_dim: int) -> Params:
         """Trained parameters and drawn constants for `params=`; empty for a method that has neither."""
         del rng, num_heads, head_dim

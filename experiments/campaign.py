@@ -16,7 +16,7 @@ from experiments.points import Point, by_program, planned, program_id, program_l
 from experiments.population import Progress, train_together
 from experiments.presets import Sweep
 from experiments.programs import Traced, compiled, trace
-from experiments.provenance import describe_corpus
+from experiments.provenance import describe_corpus, describe_methods
 from experiments.runtime import Interrupted, StopSignals, environment
 from experiments.steps import levers
 from experiments.store import FORMAT, Store
@@ -166,6 +166,7 @@ def _program_record(static: Run, label: str, program: Any) -> dict[str, Any]:
         "reference": static.attention.capabilities.exact and repr(static.attention) == "Exact()",
         "config": config,
         "corpus": describe_corpus(static),
+        "resolved": describe_methods(static),
         "lanes": program.lanes,
         "parameters": int(program.parameters),
         "timings": program.timings,

@@ -8,6 +8,7 @@ from typing import Any
 from experiments.config import Run, check_name, to_dict
 from experiments.data import corpus
 from experiments.files import remove_folder, write_json
+from experiments.provenance import describe_methods
 from experiments.runtime import environment
 
 
@@ -55,10 +56,10 @@ class RunFolder:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """A run's configuration, the hash of its text, and what it runs on."""
+    """A run's configuration, the hash of its text, what it runs on, and what its methods resolve to there."""
     text = corpus(run.data.source)
     identity = {"hash": text.hash, "bytes": int(text.tokens.size), "files": text.files}
-    return {"config": to_dict(run), "corpus": identity, **environment()}
+    return {"config": to_dict(run), "corpus": identity, "resolved": describe_methods(run), **environment()}
 
 
 def open_folder(run: Run, *, overwrite: bool = False) -> RunFolder:

@@ -1,11 +1,15 @@
-"""What a result depends on beside its configuration: the text, and what the process runs on."""
+"""What a result depends on beside its configuration: the text, and the methods that its backend resolves to."""
 
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.config import Run
+from attention import Method
+from attention.inputs import prepare
+from experiments.config import Run, layer_methods
 from experiments.data import corpus, splits
 
 
@@ -21,6 +25,24 @@ def describe_corpus(run: Run) -> dict[str, Any]:
         "validation_bytes": len(sides.validation),
         "unigram_entropy": _unigram(run.data.source, run.data.validation_share),
     }
+
+
+def describe_methods(run: Run) -> list[str]:
+    """The method that computes each layer on this backend, as the expression that makes it."""
+    return [repr(resolved(method, run)) for method in layer_methods(run)]
+
+
+def resolved(method: Method, run: Run) -> Method:
+    """What a layer's method resolves to in the shapes and the dtype of a run; nothing is computed."""
+    model, found = run.model, []
+    size, dtype = model.width // model.heads, jnp.dtype(model.dtype)
+
+    def look(query, key, rng):
+        found.append(method.resolved(prepare(method, query, key, key, is_causal=True, rng=rng)))
+
+    shapes = ((run.data.batch, model.context, heads, size) for heads in (model.heads, model.kv_heads))
+    jax.eval_shape(look, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.random.key(0))
+    return found[0]
 
 
 @functools.cache

@@ -145,7 +145,13 @@ BAD = {
     "lengths dtype": ({"query_seq_lengths": np.array([1.0, 2.0])}, ValueError, "integers"),
     "segments": ({"query_segment_ids": np.zeros((2, 5), int)}, ValueError, "query_segment_ids has shape"),
     "segments dtype": ({"query_segment_ids": np.zeros((2, 13))}, ValueError, "query_segment_ids has dtype"),
-    "implementation": ({"implementation": "cudnn"}, attention.UnsupportedError, "method="),
+    "implementation": ({"implementation": "flash"}, ValueError, "method="),
+    "implementation and method": (
+        {"implementation": "cudnn", "method": attention.Chunked()},
+        ValueError,
+        "expected one of them alone",
+    ),
+    "cudnn in float32": ({"implementation": "cudnn"}, attention.UnsupportedError, "Fused.*'cudnn'.*cannot do this"),
     "alien": ({"method": "exact"}, TypeError, "method"),
 }
 

@@ -263,6 +263,7 @@ def test_results_say_what_is_needed_to_run_again(square):
     assert square["axes"] == {"scale": [0.25, 0.5], "temperature": [1.0, 2.0]}
     assert square["environment"]["versions"]["jax"]
     assert square["environment"]["device"]
+    assert [program["resolved"] for program in square["programs"].values()] == [["Exact()"]]
     assert len(square["corpus"]["hash"]) == 64
     (program,) = square["programs"].values()
     assert program["timings"]["compile_seconds"] > 0

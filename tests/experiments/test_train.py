@@ -148,6 +148,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(tiny):
     config = json.loads((folder / "config.json").read_text())
     assert config["config"]["attention"] == "Exact()"
     assert len(config["corpus"]["hash"]) == 64
+    assert config["resolved"] == ["Exact()"]
     assert {"versions", "backend", "device"} <= set(config)
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.is_dir()) == [49, 56, 60]
     assert np.shape(evaluations[-1]["entropy"]) == (1, 4)

@@ -1,0 +1,5 @@
+"""The kernels of vendors behind one name."""
+
+from attention.fused.method import Fused
+
+__all__ = ["Fused"]
