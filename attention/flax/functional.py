@@ -40,6 +40,7 @@ def attention_fn(
     sown attention weights, dot algorithms and einsums of the caller's own are refused.
 
     One thing differs from Flax on purpose: a row whose keys are all masked gives 0, not the mean of all values.
+    A function is equal to itself alone: make it once, so that jit knows again the layer that holds it.
 
     Args:
         method: how to compute it; see `attention.METHODS`.

@@ -55,7 +55,7 @@ class MultiHeadAttention(nnx.Module):
         trained, constants: what `method.init` returned, as `nnx.Param` and as `Constant`.
 
     Cost: that of `method`, and 2 T (D (N + 2 K) H + N H out) operations for the projections.
-    Error bound: that of `method` (`attention.certified_attention(*layer.projected(x), method=layer.method)`).
+    Error bound: that of `method`.
 
     Raises:
         ValueError: a size does not fit, or `scale` names no rule.
@@ -97,20 +97,22 @@ class MultiHeadAttention(nnx.Module):
     ):
         self.method, self.rotary_base = method, rotary_base
         self.logits_soft_cap, self.local_window_size = logits_soft_cap, local_window_size
-        self.in_features, self.num_heads, self.num_kv_heads = in_features, num_heads, num_kv_heads or num_heads
-        self.head_dim = head_dim or in_features // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        out_features = in_features if out_features is None else out_features
+        _check_sizes(in_features, num_heads, num_kv_heads, head_dim, rotary_base)
+        self.in_features, self.num_heads, self.num_kv_heads = in_features, num_heads, num_kv_heads
+        self.head_dim = in_features // num_heads if head_dim is None else head_dim
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
-        _check_sizes(self, split=head_dim is None)
 
         def linear(inputs, outputs, init):
             return nnx.Linear(
                 inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-        self.query = linear(in_features, self.num_heads * self.head_dim, kernel_init)
-        self.key = linear(in_features, self.num_kv_heads * self.head_dim, kernel_init)
-        self.value = linear(in_features, self.num_kv_heads * self.head_dim, kernel_init)
-        self.output = linear(num_heads * self.head_dim, out_features or in_features, out_kernel_init or kernel_init)
+        self.query = linear(in_features, num_heads * self.head_dim, kernel_init)
+        self.key = linear(in_features, num_kv_heads * self.head_dim, kernel_init)
+        self.value = linear(in_features, num_kv_heads * self.head_dim, kernel_init)
+        self.output = linear(num_heads * self.head_dim, out_features, out_kernel_init or kernel_init)
         self.scale = _initial_scale(scale, num_heads, self.head_dim, param_dtype)
         drawn = method.init(rngs.params(), num_heads=num_heads, head_dim=self.head_dim)
         self.trained = nnx.data(jax.tree.map(nnx.Param, _plain(drawn.trained)))
@@ -211,13 +213,16 @@ class MultiHeadAttention(nnx.Module):
         return self.output(heads.reshape(*heads.shape[:2], -1))
 
 
-def _check_sizes(layer: MultiHeadAttention, split: bool) -> None:
-    D, N, K, H = layer.in_features, layer.num_heads, layer.num_kv_heads, layer.head_dim
-    if split and D % N:
+def _check_sizes(D: int, N: int, K: int, H: int | None, rotary_base: float | None) -> None:
+    for name, size in (("in_features", D), ("num_heads", N), ("num_kv_heads", K), ("head_dim", H)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}: expected an integer of at least 1")
+    if H is None and D % N:
         raise ValueError(f"in_features is {D}: expected a multiple of num_heads = {N}, or a head_dim")
     if N % K:
         raise ValueError(f"num_kv_heads is {K}: expected a divisor of num_heads = {N}")
-    if layer.rotary_base is not None and H % 2:
+    H = D // N if H is None else H
+    if rotary_base is not None and H % 2:
         raise ValueError(f"head_dim is {H}: expected an even number, since rotary positions turn pairs")
 
 
