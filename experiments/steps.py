@@ -15,9 +15,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from attention.flax import Constant
 from experiments.config import Run, check_run, layer_methods
 from experiments.metrics import attention_entropy, cross_entropy, first_nonfinite, suspects
-from experiments.model import Constant, LanguageModel
+from experiments.model import LanguageModel
 from experiments.optimizer import descent, unit_schedule
 
 Batch = Any  # {"tokens": integers `B T+1`}

@@ -14,7 +14,7 @@ from attention.testing import check
 from experiments import tables
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(m.name for m in pkgutil.walk_packages(attention.__path__, "attention.") if m.name != "attention.flax")
+MODULES = sorted(m.name for m in pkgutil.walk_packages(attention.__path__, "attention."))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 import attention
-from experiments import positions
+from attention import positions
+from attention.flax import Constant
 from experiments.metrics import attention_entropy, named_leaves
-from experiments.model import VOCABULARY, Constant, LanguageModel
+from experiments.model import VOCABULARY, LanguageModel
 from experiments.steps import levers, make_evaluate, make_init, make_step, model_graph
 
 UNIT = float(jnp.finfo(jnp.float32).eps) / 2

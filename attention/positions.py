@@ -6,22 +6,23 @@ from jaxtyping import Array, Float, Int
 BASE = 10_000.0
 
 
-def frequencies(size: int) -> Float[Array, " F"]:
-    """Size / 2 angular frequencies, from 1 down towards 1 / BASE by equal ratios."""
-    return BASE ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+def frequencies(size: int, base: float = BASE, dtype=jnp.float32) -> Float[Array, " F"]:
+    """Size / 2 angular frequencies, from 1 down towards 1 / base by equal ratios."""
+    return base ** (-jnp.arange(0, size, 2, dtype=dtype) / size)
 
 
-def rotated(x: Float[Array, "B T N H"], positions: Int[Array, " T"]) -> Float[Array, "B T N H"]:
+def rotated(x: Float[Array, "B T N H"], positions: Int[Array, " T"], base: float = BASE) -> Float[Array, "B T N H"]:
     """Rotates the pair (x_i, x_{i + H/2}) by position times frequency, so that q.k depends on distance alone.
 
-    In float32, returned in the dtype of `x`; H must be even.
+    In float32 (float64 for float64 operands), returned in the dtype of `x`; H must be even.
 
     References:
         Su et al., "RoFormer", arXiv 2104.09864, section 3.2.
     """
-    angles = positions[:, None].astype(jnp.float32) * frequencies(x.shape[-1])[None, :]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    angles = positions[:, None].astype(dtype) * frequencies(x.shape[-1], base, dtype)[None, :]
     cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 

@@ -1,0 +1,6 @@
+"""Attention for Flax: a function for the layers that Flax has, and a layer of our own. Needs `flax`."""
+
+from attention.flax.functional import attention_fn
+from attention.flax.layer import Constant, DecodingState, MultiHeadAttention
+
+__all__ = ["Constant", "DecodingState", "MultiHeadAttention", "attention_fn"]
