@@ -57,14 +57,14 @@ class Attention(nnx.Module):
             scale=scale,
             temperature=temperature,
             is_causal=True,
-            params=self._params(),
+            params=self.params(),
         )
         return self.output(_flat(output)), QueryKey(query, key)
 
     def extend(self, state, x: Float[Array, "B T D"], start, scale, temperature) -> tuple[Any, Float[Array, "B T D"]]:
         query, key, value = self._projected(x, start + jnp.arange(x.shape[1]))
         state, output = self.method.extend(
-            state, query, key, value, scale=scale, temperature=temperature, params=self._params()
+            state, query, key, value, scale=scale, temperature=temperature, params=self.params()
         )
         return state, self.output(_flat(output))
 
@@ -77,7 +77,8 @@ class Attention(nnx.Module):
             query, key = rotated(query, positions), rotated(key, positions)
         return query, key, value
 
-    def _params(self) -> attention.Params:
+    def params(self) -> attention.Params:
+        """What `attention.dot_product_attention` takes as `params`."""
         trained, constants = (
             jax.tree.map(lambda variable: variable[...], x, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
             for x in (self.trained, self.constants)
