@@ -1,4 +1,4 @@
-"""What attention does in each head, in numbers: how sharp it is, where it looks, and whether a method keeps its order."""
+"""What attention does in each head: how sharp it is, where it looks, and whether a method keeps its order."""
 
 import dataclasses
 from functools import partial
@@ -110,11 +110,11 @@ def diagnostics(
     for name, count in (("k", k), ("sampled_keys", sampled_keys)):
         if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
             raise ValueError(f"{name} is {count!r}: expected an integer of at least 1")
-    window = checked_window(window, "window")
+    around = checked_window(window, "window")
     inputs = prepare(method, query, key, key, bias, mask, **options)
     # The positions of queries do not depend on masks, but a mask that needs none does not have them.
     places = {name: options[name] for name in _PLACES if name in options}
-    nearby = prepare(Exact(), query, key, key, local_window_size=window, **places).mask
+    nearby = prepare(Exact(), query, key, key, local_window_size=around, **places).mask
     nearby = dataclasses.replace(nearby, query_lengths=None, key_lengths=None)
     return _measured(inputs, nearby, method=method, k=k, sampled_keys=sampled_keys)
 

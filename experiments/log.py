@@ -108,7 +108,8 @@ def evaluation_record(step: int, evaluations: list[dict[str, jax.Array]]) -> Rec
         NonFiniteError: it is NaN or Inf.
     """
     fetched = jax.device_get(evaluations)
-    means = {name: np.mean([each[name] for each in fetched], axis=0, dtype=np.float64) for name in fetched[0]}
+    names = fetched[0]
+    means = {name: np.asarray(np.mean([x[name] for x in fetched], axis=0, dtype=np.float64)) for name in names}
     for name, value in means.items():
         if not np.all(np.isfinite(value)):
             raise NonFiniteError(f"step {step}: {_NAMES.get(name, name)} is not finite")

@@ -152,7 +152,7 @@ def test_monotonicity_counts_the_pairs_whose_order_a_method_keeps(method):
         identity = jnp.broadcast_to(jnp.eye(S)[None, :, None], (2, S, 2, S))
         apply = functools.partial(attention.dot_product_attention, method=method, is_causal=True, params=params)
         weights = np.asarray(jax.jit(apply)(case.query, case.key, identity))
-        got = measured(case.query, case.key, method, params, is_causal=True)
+        got = jax.device_get(measured(case.query, case.key, method, params, is_causal=True))
         exact = measured(case.query, case.key, is_causal=True).monotonicity
         logits = _logits(case.query, case.key)
     kept, apart = np.zeros(4), np.zeros(4)
@@ -178,7 +178,8 @@ def test_a_temperature_is_a_scale_and_may_be_traced_and_mapped():
     together = jax.jit(jax.vmap(hot))(jnp.array([0.5, 0.125]), jnp.array([2.0, 4.0]))
     for at, alone in enumerate((one, hot(0.125, 4.0))):
         # vmap may sum in another order: 11 keys and 26 rows, numbers up to 11.
-        jax.tree.map(lambda x, y, at=at: np.testing.assert_allclose(x[at], y, rtol=0, atol=11 * 64 * 2.0**-24), together, alone)  # fmt: skip
+        for name, numbers in together._asdict().items():
+            np.testing.assert_allclose(numbers[at], getattr(alone, name), rtol=0, atol=11 * 64 * 2.0**-24)
     assert np.all(hot(4.0, 1.0).entropy < one.entropy)
 
 
@@ -235,7 +236,10 @@ def test_numbers_keep_their_limits(logits):
     assert near[0] == pytest.approx(first.sink_mass[0], rel=slack - 1)
 
 
-@given(st.lists(st.one_of(st.floats(0, 1, width=32, allow_subnormal=False), st.sampled_from([0.0, 0.5, 1.0])), min_size=23, max_size=23), st.sampled_from([1, 5, 22, 23, 40]))  # fmt: skip
+WEIGHTS = st.one_of(st.floats(0, 1, width=32, allow_subnormal=False), st.sampled_from([0.0, 0.5, 1.0]))
+
+
+@given(st.lists(WEIGHTS, min_size=23, max_size=23), st.sampled_from([1, 5, 22, 23, 40]))
 def test_the_sum_of_the_largest_is_that_of_a_sort(numbers, k):
     row = np.array(numbers, np.float32)
     expected = np.sort(row.astype(np.float64))[::-1][:k].sum()
@@ -258,7 +262,10 @@ def test_temporaries_are_linear_in_the_length():
     assert at_32k <= 2 * temporaries(16384, Performer(features=16))
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"k": 0}, "k is 0"), ({"sampled_keys": True}, "sampled_keys is True"), ({"window": -1}, r"window is \(-1, -1\)")])  # fmt: skip
+OUT_OF_RANGE = [({"k": 0}, "k is 0"), ({"sampled_keys": True}, "keys is True"), ({"window": -1}, r"window is \(-1, -1")]
+
+
+@pytest.mark.parametrize(("wrong", "message"), OUT_OF_RANGE)
 def test_what_is_out_of_range_is_refused_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
         diagnostics(jnp.ones((3, 1, 2)), jnp.ones((3, 1, 2)), **wrong)
