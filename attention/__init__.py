@@ -5,6 +5,7 @@ The import line of a method is its registration.
 
 from attention.api import attention_steps, certified_attention, dot_product_attention
 from attention.chunked import Chunked
+from attention.diagnostics import Diagnostics, diagnostics
 from attention.exact import AttentionSteps, Exact
 from attention.fused import Fused
 from attention.linear import Performer
@@ -28,6 +29,7 @@ __all__ = [
     "Certificate",
     "Chunked",
     "Cost",
+    "Diagnostics",
     "Exact",
     "Fused",
     "Method",
@@ -37,6 +39,7 @@ __all__ = [
     "UnsupportedError",
     "attention_steps",
     "certified_attention",
+    "diagnostics",
     "dot_product_attention",
     "make_method",
     "parse_method",

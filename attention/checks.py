@@ -45,12 +45,12 @@ def checked_lengths(name: str, lengths, B: int, limit: int) -> Int[Array, " B"] 
     return jnp.asarray(lengths)
 
 
-def checked_window(window) -> tuple[int, int] | None:
+def checked_window(window, name: str = "local_window_size") -> tuple[int, int] | None:
     if window is None:
         return None
     window = (window, window) if isinstance(window, int) else tuple(window)
     if len(window) != 2 or not all(isinstance(size, int) and size >= 0 for size in window):
-        raise ValueError(f"local_window_size is {window}: expected an integer of at least 0, or a pair (left, right)")
+        raise ValueError(f"{name} is {window}: expected an integer of at least 0, or a pair (left, right)")
     return window
 
 

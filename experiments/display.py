@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-_COLUMNS = ("method", "scale", "temperature", "other axes", "loss", "bits/byte", "entropy", "ms/step")
+_COLUMNS = ("method", "scale", "temperature", "other axes", "loss", "bits/byte", "entropy", "logit", "first", "ms/step")
 
 
 class Display:
@@ -77,9 +77,10 @@ class Display:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """The cells of a row of the table."""
-    numbers = (f"{row['loss']:.4f}", f"{row['bits']:.4f}", f"{row['entropy']:.3f}", f"{row['milliseconds']:.1f}")
+    attention = (f"{row['entropy']:.3f}", f"{row['largest_logit']:.3g}", f"{row['sink_mass']:.3f}")
+    numbers = (f"{row['loss']:.4f}", f"{row['bits']:.4f}", *attention, f"{row['milliseconds']:.1f}")
     if row["diverged_at"] is not None:
-        numbers = (f"diverged at step {row['diverged_at']}", "", "", numbers[-1])
+        numbers = (f"diverged at step {row['diverged_at']}", *("",) * (len(numbers) - 2), numbers[-1])
     other = ", ".join(
         f"{name.rpartition('.')[2]}={value}"
         for name, value in row["axes"].items()

@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from experiments.drawing import COLUMNS, INK, beta_axis, beta_colours, level, look, panels, power, wrapped
-from experiments.summary import Results, by_beta, cells, final, grouped, labels, points_of
+from experiments.metrics import SHOWN
+from experiments.summary import Results, by_beta, cells, final, grouped, labels, measured, points_of
 
 
 def loss_over_scale_and_temperature(results: Results) -> Figure:
@@ -147,6 +148,26 @@ def _last_entropy(point: Any) -> np.ndarray:
     return np.array(point["evaluations"][-1]["entropy"], np.float64)  # layers x heads; None becomes NaN
 
 
+def attention_over_beta(results: Results) -> Figure:
+    """What attention does after training: the mean over heads (for the largest logit the largest), one line a method. \
+All but the monotonicity are those of softmax attention on the queries and keys that training with the method led to."""
+    names = measured(results)
+    figure, grid = panels(max(len(names), 1))
+    for axes, name in zip(grid, names, strict=False):
+        betas: list[float] = []
+        for index, (key, label) in enumerate(labels(results).items()):
+            numbers = by_beta(results, key, name)
+            shown = sorted(beta for beta in numbers if beta > 0)
+            colour, marker = look(index)
+            means = [numbers[beta].mean for beta in shown]
+            axes.plot(shown, means, label=wrapped(label), color=colour, marker=marker, markersize=4, linewidth=1.1)
+            betas += shown
+        axes.set_title(SHOWN[name][0])
+        beta_axis(axes, betas)
+    grid[0].legend(fontsize=7)
+    return figure
+
+
 def costs(results: Results) -> Figure:
     """Time a step (median of the points, dots: each point), time to compile, and temporary memory of a training \
 step."""
@@ -172,5 +193,6 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "loss_over_beta": loss_over_beta,
     "learning_curves": learning_curves,
     "entropy": entropy_over_beta,
+    "attention": attention_over_beta,
     "costs": costs,
 }

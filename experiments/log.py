@@ -12,10 +12,11 @@ from tensorboardX.summary import scalar
 
 from experiments.files import append_json_lines, cut_json_lines
 from experiments.folder import RunFolder
-from experiments.metrics import bits_per_byte
+from experiments.metrics import bits_per_byte, compact
 
 Record = dict[str, Any]
 STEP_METRICS = ("loss", "grad_norm", "learning_rate")
+_NAMES = {"loss": "validation loss", "entropy": "attention entropy"}
 
 
 class NonFiniteError(FloatingPointError):
@@ -60,9 +61,9 @@ class Log:
 
 def _scalars(record: Record) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
-        if name == "entropy":
+        if isinstance(value, list):  # layers x heads
             for layer, heads in enumerate(value):
-                yield from ((f"entropy/layer{layer}/head{head}", number) for head, number in enumerate(heads))
+                yield from ((f"{name}/layer{layer}/head{head}", number) for head, number in enumerate(heads))
         elif name != "step":
             yield name, value
 
@@ -107,14 +108,15 @@ def evaluation_record(step: int, evaluations: list[dict[str, jax.Array]]) -> Rec
         NonFiniteError: it is NaN or Inf.
     """
     fetched = jax.device_get(evaluations)
-    loss = float(np.mean([each["loss"] for each in fetched], dtype=np.float64))
-    entropy = np.mean([each["entropy"] for each in fetched], axis=0, dtype=np.float64)
-    for name, value in (("validation loss", loss), ("attention entropy", entropy)):
+    names = fetched[0]
+    means = {name: np.asarray(np.mean([x[name] for x in fetched], axis=0, dtype=np.float64)) for name in names}
+    for name, value in means.items():
         if not np.all(np.isfinite(value)):
-            raise NonFiniteError(f"step {step}: {name} is not finite")
+            raise NonFiniteError(f"step {step}: {_NAMES.get(name, name)} is not finite")
+    loss = float(means.pop("loss"))
     return {
         "step": step,
         "validation_loss": loss,
         "bits_per_byte": bits_per_byte(loss),
-        "entropy": entropy.tolist(),
+        **{name: [[compact(head) for head in layer] for layer in value.tolist()] for name, value in means.items()},
     }

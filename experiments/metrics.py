@@ -1,10 +1,15 @@
 """What is measured in training and evaluation, and where a number stopped being finite."""
 
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.scipy.special import entr
 from jaxtyping import Array, Float, Int
 
 import attention
@@ -20,21 +25,49 @@ def bits_per_byte(nats: float) -> float:
     return nats / float(np.log(2))
 
 
-def attention_entropy(query, key, *, scale, temperature) -> Float[Array, " N"]:
-    r"""Mean entropy of the causal softmax weights of each head, in nats.
+SHARE = 8
+"""One in so many sequences of a batch is looked at, so that looking costs some percent of an evaluation."""
 
-    -sum_j p_ij log p_ij, averaged over the batch and the positions i. These are the weights of exact
-    attention on the model's own queries and keys, at the run's scale and temperature, whatever the method.
+SHOWN: dict[str, tuple[str, Callable[[list[float]], float]]] = {
+    "entropy": ("entropy (nats)", statistics.fmean),
+    "largest_logit": ("largest logit", max),
+    "effective_keys": ("effective keys", statistics.fmean),
+    "sink_mass": ("mass on the first token", statistics.fmean),
+    "window_mass": ("mass within 16 tokens", statistics.fmean),
+    "top_mass": ("mass of the 16 largest", statistics.fmean),
+    "monotonicity": ("monotonicity", statistics.fmean),
+}
+"""The numbers of `attention.Diagnostics`: what each is called, and what stands for all heads together."""
+
+
+def attention_diagnostics(layers: Sequence[tuple[Any, Any, Any, Any]], *, scale, temperature) -> dict[str, Array]:
+    """`attention.diagnostics` of causal layers at the run's scale and temperature, on an eighth of the batch.
 
     Args:
-        query: `B T N H`.
-        key: `B T K H`.
+        layers: query `B T N H`, key `B T K H`, method and parameters of each.
         scale, temperature: as in `attention.dot_product_attention`.
 
-    Cost: 2 T^2 H operations and 4 T^2 bytes a head.
+    Returns:
+        The numbers by name, layers x heads.
     """
-    weights = attention.attention_steps(query, key, key, scale=scale, temperature=temperature, is_causal=True).weights
-    return entr(weights).sum(-1).mean((0, 2))
+
+    def look(method, query, key, params):
+        numbers = {"scale": scale, "temperature": temperature, "is_causal": True}
+        return attention.diagnostics(query, key, method=method, params=params, **numbers)
+
+    found: dict[int, attention.Diagnostics] = {}
+    # Layers of one method are looked at together, so that the program does not grow with their number.
+    for method in dict.fromkeys(method for _, _, method, _ in layers):
+        members = [i for i, layer in enumerate(layers) if layer[2] == method]
+        some = [(q[: -(-len(q) // SHARE)], k[: -(-len(k) // SHARE)], p) for q, k, _, p in (layers[i] for i in members)]
+        together = jax.vmap(functools.partial(look, method))(*jax.tree.map(lambda *x: jnp.stack(x), *some))
+        found |= {i: jax.tree.map(lambda x, at=at: x[at], together) for at, i in enumerate(members)}
+    return jax.tree.map(lambda *x: jnp.stack(x), *(found[i] for i in range(len(layers))))._asdict()
+
+
+def compact(number: float) -> float | None:
+    """A float32 number in as many digits as it has, for files; None where it is not finite, which JSON lacks."""
+    return float(f"{number:.7g}") if math.isfinite(number) else None
 
 
 def named_leaves(tree) -> dict[str, Array]:

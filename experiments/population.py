@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.config import Run
 from experiments.data import training_batches, validation_batches
+from experiments.metrics import compact
 from experiments.programs import Program
 from experiments.steps import levers
 
@@ -44,14 +45,14 @@ class _History:
             else:
                 self.losses.append(loss)
 
-    def add_evaluation(self, step: int, loss: float, entropy: np.ndarray) -> None:
+    def add_evaluation(self, step: int, loss: float, heads: dict[str, np.ndarray]) -> None:
         if self.diverged_at is not None:
             return
         if not math.isfinite(loss):
             self.diverged_at, self.diverged_in = step, "validation loss"
             return
-        heads = [[_finite(head) for head in layer] for layer in entropy.tolist()]
-        self.evaluations.append({"step": step, "loss": loss, "bits_per_byte": loss / math.log(2), "entropy": heads})
+        numbers = {name: [[compact(head) for head in layer] for layer in x.tolist()] for name, x in heads.items()}
+        self.evaluations.append({"step": step, "loss": loss, "bits_per_byte": loss / math.log(2), **numbers})
 
     def last_loss(self) -> float:
         return self.evaluations[-1]["loss"] if self.evaluations and self.diverged_at is None else math.nan
@@ -106,10 +107,11 @@ def _collect(program: Program, waiting: list[Any], histories: list[_History]) ->
 
 def _evaluate(program: Program, state, held_out, knobs, histories: list[_History], step: int) -> None:
     metrics = jax.device_get([program.evaluate(state, batch, knobs) for batch in held_out])
-    losses = np.mean([program.by_lane(m["loss"]).astype(np.float64) for m in metrics], axis=0)
-    entropy = np.mean([program.by_lane(m["entropy"]).astype(np.float64) for m in metrics], axis=0)
+    names = metrics[0]
+    means = {name: np.mean([program.by_lane(m[name]).astype(np.float64) for m in metrics], axis=0) for name in names}
+    losses = means.pop("loss")
     for lane, history in enumerate(histories):
-        history.add_evaluation(step, float(losses[lane]), entropy[lane])
+        history.add_evaluation(step, float(losses[lane]), {name: x[lane] for name, x in means.items()})
 
 
 def _outcome(history: _History, steps: int, timings: dict[str, float]) -> dict[str, Any]:
@@ -121,7 +123,3 @@ def _outcome(history: _History, steps: int, timings: dict[str, float]) -> dict[s
         "diverged_in": history.diverged_in,
         "timings": timings,
     }
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None

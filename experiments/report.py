@@ -22,8 +22,9 @@ from experiments.cli import exit_code
 from experiments.drawing import drawn, inlined, power
 from experiments.figures import FIGURES
 from experiments.files import write_bytes, write_text
+from experiments.metrics import SHOWN
 from experiments.store import FORMAT
-from experiments.summary import Results, point_row, points_of, summary_rows
+from experiments.summary import Results, measured, point_row, points_of, summary_rows
 
 ALLOWANCE = 0.05
 """How far above exact attention's loss, in nats a byte, still counts as keeping up."""
@@ -65,6 +66,8 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
         figures=[_figure(name, svg) for name, svg in svgs.items()],
         programs=[_program(results, key) for key in results["programs"]],
         points=[point_row(results, point) for key in results["programs"] for point in points_of(results, key)],
+        measured=measured(results),
+        shown=SHOWN,
         facts=_facts(results),
     )
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from attention.flax import Constant
 from experiments.config import Run, check_run, layer_methods
-from experiments.metrics import attention_entropy, cross_entropy, first_nonfinite, suspects
+from experiments.metrics import attention_diagnostics, cross_entropy, first_nonfinite, suspects
 from experiments.model import LanguageModel
 from experiments.optimizer import descent, unit_schedule
 
@@ -98,14 +98,21 @@ def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainStat
 
 
 def make_evaluate(run: Run) -> Callable[[TrainState, Batch, Levers], Metrics]:
-    """The function that gives a batch's mean `loss` in nats per byte and `entropy`, layers x heads, in nats."""
+    """The function that gives a batch's mean `loss` in nats per byte, and the numbers of `attention.Diagnostics`.
+
+    These are layers x heads, of the sequences that `attention_diagnostics` looks at.
+    """
     graph = model_graph(run)
 
     def evaluate(state: TrainState, batch: Batch, levers: Levers) -> Metrics:
         model = nnx.merge(graph, state.parameters, state.constants)
-        logits, seen = model.observed(batch["tokens"][:, :-1], scale=levers.scale, temperature=levers.temperature)
-        entropy = [attention_entropy(*pair, scale=levers.scale, temperature=levers.temperature) for pair in seen]
-        return {"loss": cross_entropy(logits, batch["tokens"][:, 1:]), "entropy": jnp.stack(entropy)}
+        numbers = {"scale": levers.scale, "temperature": levers.temperature}
+        logits, seen = model.observed(batch["tokens"][:, :-1], **numbers)
+        layers = [
+            (*pair, block.attention.method, block.attention.params())
+            for block, pair in zip(model.blocks, seen, strict=True)
+        ]
+        return {"loss": cross_entropy(logits, batch["tokens"][:, 1:]), **attention_diagnostics(layers, **numbers)}
 
     return evaluate
 

@@ -1,9 +1,10 @@
 """What the figures and tables of a sweep read: its results as curves, cells and gaps."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+
+from experiments.metrics import SHOWN
 
 Results = Mapping[str, Any]
 Point = Mapping[str, Any]
@@ -29,9 +30,17 @@ def points_of(results: Results, program: str) -> list[Point]:
 
 
 def final(point: Point, metric: str = "loss") -> float:
-    """A metric at the last evaluation; NaN where the point diverged."""
-    value = point["evaluations"][-1][metric] if point["evaluations"] and point["diverged_at"] is None else None
+    """A metric at the last evaluation, of all heads together; NaN where the point diverged or does not have it."""
+    value = point["evaluations"][-1].get(metric) if point["evaluations"] and point["diverged_at"] is None else None
+    if isinstance(value, list):
+        heads = [head for layer in value for head in layer if head is not None]
+        return SHOWN[metric][1](heads) if heads else math.nan
     return math.nan if value is None else value
+
+
+def measured(results: Results) -> list[str]:
+    """The numbers of `attention.Diagnostics` that the points have."""
+    return [name for name in SHOWN if any(not math.isnan(final(point, name)) for point in results["points"])]
 
 
 def spread(numbers: Iterable[float]) -> Spread:
@@ -57,16 +66,16 @@ def best_rate(points: Iterable[Point]) -> list[Point]:
     return by_rate[min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))]
 
 
-def cells(results: Results, program: str) -> dict[tuple[float, float], Spread]:
-    """The final loss at each (scale, temperature), over seeds, at the best learning rate."""
+def cells(results: Results, program: str, metric: str = "loss") -> dict[tuple[float, float], Spread]:
+    """A final number at each (scale, temperature), over seeds, at the learning rate that is best for the loss."""
     by_cell = grouped(points_of(results, program), lambda point: (point["scale"], point["temperature"]))
-    return {cell: spread(map(final, best_rate(points))) for cell, points in by_cell.items()}
+    return {cell: spread(final(p, metric) for p in best_rate(points)) for cell, points in by_cell.items()}
 
 
-def by_beta(results: Results, program: str) -> dict[float, Spread]:
-    """The final loss at each beta, over all points that share it, at the best learning rate."""
+def by_beta(results: Results, program: str, metric: str = "loss") -> dict[float, Spread]:
+    """A final number at each beta, over all points that share it, at the learning rate that is best for the loss."""
     groups = grouped(points_of(results, program), lambda point: point["beta"])
-    return {beta: spread(map(final, best_rate(points))) for beta, points in groups.items()}
+    return {beta: spread(final(p, metric) for p in best_rate(points)) for beta, points in groups.items()}
 
 
 def tolerated(losses: Mapping[float, Spread], reference: Mapping[float, Spread], allowance: float) -> list[float]:
@@ -108,15 +117,10 @@ def summary_rows(results: Results, allowance: float = 0.05) -> list[dict[str, An
 
 def point_row(results: Results, point: Point) -> dict[str, Any]:
     """A point with what the tables show of it."""
-    heads = (
-        []
-        if math.isnan(final(point))
-        else [h for layer in point["evaluations"][-1]["entropy"] for h in layer if h is not None]
-    )
     return dict(point) | {
         "label": results["programs"][point["program"]]["label"],
         "loss": final(point),
         "bits": final(point, "bits_per_byte"),
-        "entropy": statistics.fmean(heads) if heads else math.nan,
+        **{name: final(point, name) for name in SHOWN},
         "milliseconds": 1e3 * point["timings"]["seconds_per_step"],
     }

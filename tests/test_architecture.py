@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"chunked", "linear", "sparse", "sharded", "fused"}
-FOUNDATION = {"method": set(), "masks": set(), "checks": set(), "positions": set(), "logits": {"checks"}}
+FOUNDATION = {"method": set(), "masks": set(), "checks": set(), "positions": set(), "ranking": set()}
+FOUNDATION |= {"logits": {"checks"}}
 FOUNDATION |= {"inputs": {"method", "masks", "logits", "checks"}}
 FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
 FOUNDATION |= {"rounding": {"masks", "inputs"}}
 FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache", "rounding"}}
-FOUNDATION |= {"diagnostics": {"method", "masks", "logits", "inputs", "exact"}}
+FOUNDATION |= {"diagnostics": {"method", "masks", "checks", "inputs", "exact", "ranking"}}
 FOUNDATION |= {"api": {"method", "masks", "logits", "inputs", "exact"}}
 BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
 

@@ -206,8 +206,12 @@ class MultiHeadAttention(nnx.Module):
             "temperature": temperature,
             "logits_soft_cap": self.logits_soft_cap,
             "local_window_size": self.local_window_size,
-            "params": Params(trained=_values(self.trained), constants=_values(self.constants)),
+            "params": self.params(),
         }
+
+    def params(self) -> Params:
+        """What the method trains and has drawn, as `attention.dot_product_attention` takes it."""
+        return Params(trained=_values(self.trained), constants=_values(self.constants))
 
     def _merged(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T O"]:
         return self.output(heads.reshape(*heads.shape[:2], -1))

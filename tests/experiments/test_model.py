@@ -12,7 +12,7 @@ from flax import nnx
 import attention
 from attention import positions
 from attention.flax import Constant
-from experiments.metrics import attention_entropy, named_leaves
+from experiments.metrics import SHOWN, named_leaves
 from experiments.model import VOCABULARY, LanguageModel
 from experiments.steps import levers, make_evaluate, make_init, make_step, model_graph
 
@@ -171,29 +171,18 @@ def test_constants_are_no_parameters(tiny):
     assert not set(named_leaves(nnx.state(model, nnx.Param))) & set(named_leaves(nnx.state(model, Constant)))
 
 
-def test_entropy_is_that_of_the_weights_at_the_runs_scale_and_temperature(tiny):
-    query, key = jax.random.normal(jax.random.key(0), (2, 2, 7, 4, 8))
-    key = key[:, :, :2]
-    got = attention_entropy(query, key, scale=0.7, temperature=2.0)
-    q, k = np.asarray(query, np.float64), np.repeat(np.asarray(key, np.float64), 2, axis=2)
-    logits = np.where(np.tril(np.ones((7, 7), bool)), 0.35 * np.einsum("btnh,bsnh->bnts", q, k), -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    expected = -np.sum(weights * np.log(np.where(weights > 0, weights, 1)), -1).mean((0, 2))
-    # A logit is off by (H + 2) u |q||k| / scale; p log p moves by at most (1 + log n) of it, summed over n keys.
-    largest = 0.35 * np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
-    np.testing.assert_allclose(got, expected, rtol=0, atol=7 * (1 + np.log(7)) * (10 * largest + 16) * UNIT)
-
-
-def test_evaluation_reports_entropy_by_layer_and_head_between_its_limits(tiny):
-    run = tiny(model={"layers": 2})
+def test_evaluation_reports_attention_by_layer_and_head_between_its_limits(tiny):
+    run = tiny(model={"layers": 2, "layer_methods": ("Exact", "TopK(k=3)")})
     numbers = levers(run)
     state = jax.jit(make_init(run))(numbers)
     evaluate = jax.jit(make_evaluate(run))
     batch = {"tokens": some_tokens(run, 4, 17)}
     mean = np.log(np.arange(1, 17)).mean()  # of a uniform distribution over the 1 to 16 visible keys
-    flat = evaluate(state, batch, numbers._replace(scale=jnp.float32(0)))["entropy"]
-    assert flat.shape == (2, 4)
+    found = evaluate(state, batch, numbers._replace(scale=jnp.float32(0)))
+    assert {name: x.shape for name, x in found.items()} == {"loss": ()} | dict.fromkeys(SHOWN, (2, 4))
+    assert list(SHOWN) == list(attention.Diagnostics._fields)
+    np.testing.assert_array_equal(found["monotonicity"], 1)
+    flat = found["entropy"]
     np.testing.assert_allclose(flat, np.full((2, 4), mean), rtol=64 * UNIT)
     sharp = evaluate(state, batch, numbers._replace(temperature=jnp.float32(1e-3)))["entropy"]
     assert np.all(sharp < mean / 2)

@@ -7,8 +7,9 @@ from experiments import report
 from experiments.config import Run, to_dict
 from experiments.drawing import drawn
 from experiments.figures import FIGURES
+from experiments.metrics import SHOWN
 from experiments.store import Store
-from experiments.summary import by_beta, cells, summary_rows
+from experiments.summary import by_beta, cells, measured, point_row, summary_rows
 
 LAYERS, HEADS, STEPS = 2, 2, (0, 10, 20)
 
@@ -51,8 +52,9 @@ def made_up_results(offsets=None, seeds=(0, 1)):
 def made_up_point(program, offset, scale, temperature, seed):
     beta = scale / temperature
     losses = [5 / (1 + step) + offset + abs(math.log2(beta)) / 10 + seed / 100 for step in STEPS]
+    heads = {name: [[at + 3 - beta] * HEADS] * LAYERS for at, name in enumerate(SHOWN)}
     evaluations = [
-        {"step": step, "loss": loss, "bits_per_byte": loss / math.log(2), "entropy": [[3 - beta] * HEADS] * LAYERS}
+        {"step": step, "loss": loss, "bits_per_byte": loss / math.log(2), **heads}
         for step, loss in zip(STEPS, losses, strict=True)
     ]
     return {
@@ -149,6 +151,22 @@ def test_cells_and_betas_hold_the_means_over_seeds():
         assert found.mean == pytest.approx(expected, rel=1e-12)
         assert (found.low, found.high) == pytest.approx((expected - 0.005, expected + 0.005), rel=1e-12)
     assert set(by_beta(results, "p0")) == {0.125, 0.25, 0.5, 1.0}
+
+
+def test_every_number_of_attention_can_be_shown_and_old_results_do_without(tmp_path):
+    results = made_up_results({"Exact()": 2.0}, seeds=(0,))
+    layers = [[1.0, 2.0], [3.0, None]]
+    results["points"][0]["evaluations"][-1] |= {"largest_logit": layers, "sink_mass": layers}
+    row = point_row(results, results["points"][0])
+    assert (row["largest_logit"], row["sink_mass"]) == (3.0, 2.0)
+    assert cells(results, "p0", "sink_mass")[0.25, 0.5].mean == 2.0
+    assert measured(results) == list(SHOWN)
+    for point in results["points"]:
+        point["evaluations"] = [
+            {k: v for k, v in x.items() if k not in SHOWN or k == "entropy"} for x in point["evaluations"]
+        ]
+    assert measured(results) == ["entropy"]
+    assert "<th>largest logit" not in report.write_report(tmp_path, results).read_text()
 
 
 def test_the_best_learning_rate_stands_for_its_point():
