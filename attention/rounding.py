@@ -64,11 +64,11 @@ def rounding_bound(
 def logit_rounding(inputs: Inputs) -> Float[Array, "B K G T"]:
     """D, a bound on the rounding error of every logit that a query sees.
 
-    gamma_H(u_p) |q| max|k| + 5 u |q| max|k|, and 10 u min(cap, |q| max|k|) with a cap, 2 u L with a bias.
+    gamma_H(u_p) |q| max|k| + 5 u |q| max|k| + 2 u L, and 10 u min(cap, |q| max|k|) with a cap, 2 u L with a bias.
     """
     u, H, dtype = roundoff(inputs.query.dtype), inputs.query.shape[-1], inputs.query.dtype
     score = _score_bound(inputs)
-    error = _gamma(H * product_roundoff(dtype) + 5 * u) * score
+    error = _gamma(H * product_roundoff(dtype) + 5 * u) * score + 2 * u * _logit_bound(inputs)
     if inputs.soft_cap is not None:
         error += 10 * u * jnp.minimum(score, inputs.soft_cap)
     if inputs.bias is not None:

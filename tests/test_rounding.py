@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 
 from attention import Chunked, Exact, Method, certified_attention, dot_product_attention
+from attention.chunked.online import CALM
 from attention.exact import exact_certificate, weighted_values
 from attention.rounding import norms, roundoff
 from attention.testing import oracle, oracle_gradients
@@ -165,7 +166,7 @@ def _errors(which: Program, case, output, bound, gradients):
     expected = (oracle(*operands, **options)[0], *oracle_gradients(*operands, cotangent, **options))
     errors = [np.abs(a.astype(np.float64) - b) for a, b in zip((output, *gradients), expected, strict=True)]
     tiles = -(-which.S // (which.method.key_chunk or 1)) if isinstance(which.method, Chunked) else 0
-    shift = getattr(which.method, "fixed_shift", 0.0)
+    shift = CALM if isinstance(which.method, Chunked) else getattr(which.method, "fixed_shift", 0.0)
     # The oracle rounds as well: in float64, as much as what it judges.
     oracles = 1 + roundoff(np.float64) / roundoff(jnp.promote_types(which.dtype, jnp.float32))
     bounds = gradient_rounding(*operands, cotangent, rescalings=tiles, fixed_shift=shift, **options)

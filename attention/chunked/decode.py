@@ -48,7 +48,7 @@ def decode(inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K
 
 def _attend(inputs: Inputs, query, key: Float[Array, "B S K H"], value: Float[Array, "B S K E"]):
     dtype, (B, K, G, T, H), S = query.dtype, query.shape, key.shape[1]
-    C = divisor(S, CHUNK)
+    C = chunk if (chunk := divisor(S, CHUNK)) > CHUNK // 4 else S
     key, value = (x.astype(dtype).reshape(B, S // C, C, -1) for x in (key, value))
     blocks = jnp.eye(K, dtype=dtype).reshape(1, K, 1, 1, K, 1)
     query = (query[:, :, :, :, None, :] * blocks).reshape(B, K * G * T, K * H)

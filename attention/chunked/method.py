@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from attention.cache import Cached
 from attention.chunked.decode import is_few
 from attention.chunked.derivative import attention
+from attention.chunked.online import CALM
 from attention.chunked.sizes import Tiling, chosen
 from attention.chunked.tiles import banded, irregular
 from attention.exact import Exact, exact_certificate
@@ -61,7 +62,10 @@ class Chunked(Cached):
         # The exponents of the rescalings telescope: maxima only grow, so that |l - m_1| + |m_1 - m_2| + ... is
         # |l - max|, as without tiles. What is left is one exponential and one product a tile. A tile's sum and the
         # running sum together are one order of summation of the visible keys; masked ones add exact zeros.
-        return self.attend(inputs), exact_certificate(inputs, rescalings=self._tiling(inputs).keys.count)
+        keys = self._tiling(inputs).keys
+        depth = None if is_few(inputs) else keys.size + keys.count
+        bound = exact_certificate(inputs, rescalings=keys.count, depth=depth, fixed_shift=CALM)
+        return self.attend(inputs), bound
 
     def attend_cached(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
         return self.attend(inputs if is_few(inputs) else emptied(inputs))

@@ -22,8 +22,8 @@ from attention.chunked.logits import (
 )
 from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Span, Tiles, banded, irregular, span
-from attention.exact import max_over_visible, norms
 from attention.inputs import Inputs
+from attention.rounding import max_over_visible, norms
 
 # Where no logit of a tile of queries can exceed this size, weights are taken relative to a bound on the logits, which
 # costs nothing, and not to their running maximum, which costs a pass over them. No weight is then below

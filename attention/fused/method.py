@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attention.cache import Cached
-from attention.exact import Exact, exact_certificate, max_over_visible, norms, sum_rounding
+from attention.exact import Exact, exact_certificate
 from attention.fused.calls import described
 from attention.fused.kernels import Name, able, chosen, named
 from attention.fused.vendors import as_given
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, Method, UnsupportedError, unknown
+from attention.rounding import max_over_visible, norms, sum_rounding
 
 Implementation = Literal["auto", Name]
 

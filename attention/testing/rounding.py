@@ -65,7 +65,7 @@ def _logits(parts: Softmax, cap, bias, unit: _Unit):
     q, k, H = np.abs(parts.query) * np.abs(parts.beta), np.abs(parts.key), parts.key.shape[-1]
     scores = _gamma(H * unit.product + 5 * unit.u) * (q @ np.swapaxes(k, 2, 3))
     scores += unit.tiny * (H + q.sum(-1)[..., :, None] + k.sum(-1)[..., None, :])
-    logits, capped = scores, np.abs(parts.scores)
+    logits, capped = scores + 2 * unit.u * np.abs(parts.logits), np.abs(parts.scores)
     if cap is not None:
         capped = np.abs(cap * np.tanh(parts.scores / cap))
         logits = logits + 10 * unit.u * capped
@@ -84,7 +84,7 @@ def _weights(parts: Softmax, logits, rescalings: int, fixed_shift: float, unit: 
     small = np.log1p((parts.weights * np.expm1(np.minimum(logits, 1))).sum(3, keepdims=True))
     normaliser = np.where(largest < 1, small, largest)
     below = np.where(parts.visible, parts.residual - np.where(parts.visible, parts.logits, 0), 0)
-    rounded = _gamma(sums) + unit.u * (np.abs(parts.residual) + 5 * span + below + 12)
+    rounded = _gamma(sums) + unit.u * (5 * np.abs(parts.residual) + 5 * span + below + 12)
     t = logits + normaliser + rounded
     # A weight is at most 1, up to the rounding of its normaliser, however far the logits move.
     return np.where(parts.visible, np.exp(np.minimum(t - below, rounded)) * -np.expm1(-t) + unit.tiny, 0)
