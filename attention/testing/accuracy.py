@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from attention.method import Method
-from attention.testing.cases import SAME, Case, call, draw, families, params_for, rounding, run
+from attention.testing.cases import SAME, Case, call, draw, families, params_for, possible, rounding, run
 from attention.testing.law import expect, expect_same, law
 from attention.testing.oracle import oracle
 
@@ -32,31 +33,28 @@ def _limit(method: Method, length: int) -> Method | None:
 
 @law()
 def exact_limit_equals_the_oracle(method: Method) -> None:
-    can, limit = method.capabilities, _limit(method, 13)
+    limit = _limit(method, 13)
     rng = np.random.default_rng(21)
     mask = rng.random((2, 4, 13, 13)) < 0.6
     segments = np.sort(rng.integers(3, size=(2, 13)))
     head = {"scale": np.array([0.1, 0.2, 0.5, 1.0]), "temperature": 0.5}
-    short = {"query_seq_lengths": np.array([13, 6]), "key_value_seq_lengths": np.array([5, 12])}
+    late, causal = {"query_seq_lengths": np.array([13, 6])}, {"is_causal": True}
     bias = rng.standard_normal((1, 4, 13, 13))
-    # Each line is one call with what the method can of it, so that the least of programs sees every option.
-    asked: list[tuple[str, list[tuple[tuple[str, ...], dict]]]] = [
+    # Each entry is one call with what the method can of it, so that few programs see every option.
+    asked: list[tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = [
         ("plain", []),
         ("logits of 1e4", [((), {"scale": 2e3})]),
-        ("causal", [(("causal",), {"is_causal": True})]),
+        ("mask, soft cap", [(("dense_mask",), {"mask": mask}), (("soft_cap",), {"logits_soft_cap": 2.0})]),
+        ("window, lengths of queries", [(("window",), {"local_window_size": (3, 1)}), (("lengths",), late)]),
         ("bias, scale a head", [(("bias",), {"bias": bias}), ((), head)]),
         ("-inf bias, scale a head", [(("bias",), {"bias": np.where(mask[:1], 0.0, -np.inf)}), ((), head)]),
-        (
-            "window, lengths of queries",
-            [(("window",), {"local_window_size": (3, 1)}), (("lengths",), {"query_seq_lengths": np.array([13, 6])})],
-        ),
-        ("causal window", [(("causal", "window"), {"is_causal": True, "local_window_size": (4, 2)})]),
-        ("lengths", [(("lengths",), short)]),
-        ("causal segments", [(("segments",), {"query_segment_ids": segments}), (("causal",), {"is_causal": True})]),
-        ("mask, soft cap", [(("dense_mask",), {"mask": mask}), (("soft_cap",), {"logits_soft_cap": 2.0})]),
+        ("causal", [(("causal",), causal)]),
+        ("causal window", [(("causal", "window"), causal | {"local_window_size": (4, 2)})]),
+        ("lengths", [(("lengths",), late | {"key_value_seq_lengths": np.array([5, 12])})]),
+        ("causal segments", [(("segments",), {"query_segment_ids": segments}), (("causal",), causal)]),
     ]
     for what, parts in asked:
-        options = {k: v for needs, part in parts if all(getattr(can, need) for need in needs) for k, v in part.items()}
+        options = possible(method, parts)
         if limit is not None and (options or not parts):
             _within_rounding(limit, draw(22).astype(jnp.float32), what, **options)
 
@@ -67,9 +65,11 @@ def exact_limit_holds_at_any_length(method: Method) -> None:
         limit = _limit(method, S)
         if limit is None:
             return
-        for alignment in ("top_left", "bottom_right") if method.capabilities.causal and S != T else ("top_left",):
-            options = {"is_causal": method.capabilities.causal, "causal_alignment": alignment}
-            _within_rounding(limit, draw(23, T=T, S=S).astype(jnp.float32), f"T = {T}, S = {S}", **options)
+        options: dict[str, Any] = {"is_causal": method.capabilities.causal}
+        for end in ({}, {"causal_alignment": "bottom_right"}) if options["is_causal"] and S != T else ({},):
+            _within_rounding(
+                limit, draw(23, T=T, S=S).astype(jnp.float32), f"T = {T}, S = {S}, {end}", **options, **end
+            )
 
 
 @law()

@@ -28,7 +28,9 @@ class Case(NamedTuple):
     value: Any
 
     def astype(self, dtype) -> "Case":
-        return Case(*(jnp.asarray(np.asarray(x).astype(dtype)) for x in self))  # in jnp, a program a shape
+        """In another dtype; rounded by NumPy, since JAX would compile a program for each shape."""
+        with np.errstate(over="ignore"):
+            return Case(*(jnp.asarray(np.asarray(x).astype(dtype)) for x in self))
 
 
 def draw(
@@ -111,6 +113,12 @@ def extend(method: Method, state, tokens: Case, *, temperature: float = 1.0):
     return _extend(state, tokens, traced["temperature"], params_for(method, tokens), method=method)
 
 
+def possible(method: Method, parts) -> dict[str, Any]:
+    """The union of the options whose capabilities a method has: one call, and one program, for several options."""
+    can = method.capabilities
+    return {k: v for needs, part in parts if all(getattr(can, need) for need in needs) for k, v in part.items()}
+
+
 def rounding(method: Method, case: Case, **options):
     """What rounding may do to the output, `B T N`: the bound for a softmax over tiles of one key."""
     case, traced, static = _told_apart(case, options)
@@ -122,7 +130,7 @@ def _told_apart(case: Case, options: dict) -> tuple[Case, dict, tuple]:
     case = Case(*(jnp.asarray(x) for x in case))
     numbers = {"scale": 1 / np.sqrt(case.query.shape[-1]), "temperature": 1.0}
     traced = {name: np.asarray(options.get(name, default), np.float64) for name, default in numbers.items()}
-    rest = {name: option for name, option in options.items() if name not in traced}
+    rest = {name: option for name, option in options.items() if name not in traced and option is not False}
     traced |= {name: option for name, option in rest.items() if isinstance(option, np.ndarray | Array)}
     return case, traced, tuple(sorted((name, option) for name, option in rest.items() if name not in traced))
 

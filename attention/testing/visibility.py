@@ -115,8 +115,8 @@ def unused_cache_does_not_exist(method: Method) -> None:
             return  # no room that waits for tokens
         room = np.full(state.key.shape, garbage)
         state = KeyValueCache(key=jnp.asarray(room), value=jnp.asarray(room), length=state.length)
-        state, first = extend(method, state, Case(*(x[:, :5] for x in case)))
-        _, second = extend(method, state, Case(*(x[:, 5:6] for x in case)))
+        state, first = extend(method, state, Case(*(x[:, :6] for x in case)))
+        _, second = extend(method, state, Case(*(x[:, 6:7] for x in case)))
         outputs.append((first, second))
         expect_bitwise(outputs[-1], outputs[0], f"unused cache filled with {garbage} changed an output")
 
