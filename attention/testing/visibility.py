@@ -1,5 +1,7 @@
 """Laws of who sees whom: causality bit for bit, slots that do not exist, rows that see nothing, segments."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +30,8 @@ def the_future_does_not_exist(method: Method) -> None:
 
 @law("causal", "cross")
 def the_future_does_not_exist_when_aligned_to_the_end(method: Method) -> None:
-    case, options = draw(13, T=5, S=13), {"is_causal": True, "causal_alignment": "bottom_right"}
+    case = draw(13, T=5, S=13)
+    options: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right"}
     before = np.asarray(run(method, case.astype(jnp.float32), **options))
     for row in (0, 2):
         future = 13 - 5 + row + 1
