@@ -14,8 +14,9 @@ install_import_hook("attention", "beartype.beartype")
 import jax  # noqa: E402 (the hook comes before anything that imports the library)
 from hypothesis import settings  # noqa: E402
 
-CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(tempfile.gettempdir()) / "attention-lab-tests"))
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
+# In the environment too, so that command lines, in this process or another, keep their programs in the same place.
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "attention-lab-tests"))
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -23,14 +24,20 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """Campaigns run when asked for by marker; what needs an accelerator is skipped without one."""
+    """Campaigns run when asked for by marker; what needs an accelerator is skipped without one.
+
+    A file's tests run in one process (the laws, a method's), because they share compiled programs and fixtures.
+    """
     asked = config.getoption("-m") or ""
     for item in items:
         if item.get_closest_marker("campaign") and "campaign" not in asked:
             item.add_marker(pytest.mark.skip(reason="a long campaign: make campaign"))
         if item.get_closest_marker("accelerator") and jax.default_backend() == "cpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU or a TPU, found the CPU"))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 def pytest_terminal_summary(terminalreporter):

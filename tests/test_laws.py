@@ -10,7 +10,11 @@ EXAMPLES = [method for cls in METHODS.values() for method in cls.examples()]
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [pytest.param(method, name, id=f"{method!r}-{name}") for method in EXAMPLES for name in laws_for(method)],
+    [
+        pytest.param(method, name, id=f"{method!r}-{name}", marks=pytest.mark.xdist_group(repr(method)))
+        for method in EXAMPLES
+        for name in laws_for(method)
+    ],
 )
 def test_law(method, name):
     LAWS[name](method)

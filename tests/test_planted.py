@@ -106,6 +106,80 @@ class GradientStopped(Exact, register=False):
         return super().attend(dataclasses.replace(inputs, key=jax.lax.stop_gradient(inputs.key)))
 
 
+@planted
+class WrongSecondDerivative(Exact, register=False):
+    """Values and first derivatives are right."""
+
+    def attend(self, inputs):
+        return super().attend(dataclasses.replace(inputs, key=once_differentiable(inputs.key)))
+
+
+@jax.custom_jvp
+def once_differentiable(x):
+    return x
+
+
+@once_differentiable.defjvp
+def _tangent(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return x, tangent * (1 + x - jax.lax.stop_gradient(x))
+
+
+@planted
+class IgnoresBias(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(dataclasses.replace(inputs, bias=None))
+
+
+@planted
+class IgnoresTheCap(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(dataclasses.replace(inputs, soft_cap=None))
+
+
+@planted
+class WiderWindow(Exact, register=False):
+    def attend(self, inputs):
+        window = inputs.mask.window
+        return super().attend(without(inputs, window=window and (window[0] + 1, window[1])))
+
+
+@planted
+class LeaksSegments(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(without(inputs, query_segments=None, key_segments=None))
+
+
+@planted
+class LeaksHiddenKeys(Exact, register=False):
+    def attend(self, inputs):
+        return super().attend(without(inputs, dense=None))
+
+
+@planted
+class ReadsTheWholeCache(Exact, register=False):
+    def extend(self, state, query, key, value, **options):
+        state, output = super().extend(state, query, key, value, **options)
+        return state, output + 0 * state.value.sum()
+
+
+@planted
+class SeesOneAhead(Exact, register=False):
+    """Wrong only where keys stand apart from queries: aligns to the end by one key too many."""
+
+    def attend(self, inputs):
+        offset = inputs.mask.offset
+        return super().attend(without(inputs, offset=offset if offset is None else offset + 1))
+
+
+@planted
+class NeedsConcreteNumbers(Exact, register=False):
+    """Compiles beta in, so that another temperature is another program."""
+
+    def attend(self, inputs):
+        return super().attend(inputs) if float(inputs.beta) else inputs.value
+
+
 CAUGHT_BY = {
     NotCausal: "the_future_does_not_exist",
     NormalisedByTheFuture: "the_future_does_not_exist",
@@ -119,6 +193,15 @@ CAUGHT_BY = {
     HalfPrecision: "low_precision_is_rounding",
     ForgetsTheCache: "extend_over_any_split_equals_the_whole",
     GradientStopped: "gradients_equal_finite_differences",
+    WrongSecondDerivative: "gradients_equal_finite_differences",
+    IgnoresBias: "exact_limit_equals_the_oracle",
+    IgnoresTheCap: "exact_limit_equals_the_oracle",
+    WiderWindow: "exact_limit_equals_the_oracle",
+    LeaksSegments: "packed_segments_equal_segments_alone",
+    LeaksHiddenKeys: "hidden_keys_do_not_exist",
+    ReadsTheWholeCache: "unused_cache_does_not_exist",
+    SeesOneAhead: "the_future_does_not_exist_when_aligned_to_the_end",
+    NeedsConcreteNumbers: "new_values_do_not_recompile",
 }
 
 

@@ -136,9 +136,10 @@ def _normalised(rows: tuple[Array, Array], inputs: Inputs) -> Float[Array, "B K 
     message = "the denominators of {n} rows vanish: products of features underflow; raise the temperature"
     traced_check(~lost.any(), message, n=lost.sum())
     valid = sees & ~lost
-    # By its own size first: it cancels, and no gradient meets the square of a small denominator.
+    # By its own size first: it cancels, and no gradient meets the square of a small denominator. The barrier keeps XLA
+    # from turning a / unit / (denominator / unit) into a * unit / (unit * denominator), which underflows all the same.
     unit = jnp.where(valid, size, 1)
-    total = jnp.where(valid, denominator, 1) / unit
+    total = lax.optimization_barrier(jnp.where(valid, denominator, 1) / unit)
     return jnp.where(valid[..., None], numerator, 0) / unit[..., None] / total[..., None]
 
 

@@ -1,4 +1,4 @@
-"""Drawn operands, and one jit-compiled door through which the laws call a method."""
+"""Drawn operands, and jit-compiled doors through which the laws call a method."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from attention.api import certified_attention, dot_product_attention
+from attention.exact import Exact
 from attention.inputs import prepare, ungrouped
 from attention.method import Method, Params
 from attention.rounding import rounding_bound
@@ -17,6 +18,7 @@ from attention.rounding import rounding_bound
 # under 2**-40 of the largest value for the lengths and logits of the laws; any difference in algebra is of order
 # one. The number between leaves room for methods whose rounding is a multiple of softmax's.
 SAME = 2.0**-30
+ROOM = 16  # tokens of the caches, which the laws extend by few different numbers of tokens, each a program
 
 
 class Case(NamedTuple):
@@ -27,7 +29,9 @@ class Case(NamedTuple):
     value: Any
 
     def astype(self, dtype) -> "Case":
-        return Case(*(jnp.asarray(x).astype(dtype) for x in self))
+        """In another dtype; rounded by NumPy, since JAX would compile a program for each shape."""
+        with np.errstate(over="ignore"):
+            return Case(*(jnp.asarray(np.asarray(x).astype(dtype)) for x in self))
 
 
 def draw(
@@ -69,15 +73,24 @@ def families(seed: int, *, B: int, T: int, K: int = 2, N: int = 4, H: int = 8) -
 
 
 def params_for(method: Method, case: Case) -> Params:
-    """Parameters from a fixed key, in the dtype of the case."""
+    """Parameters from a fixed key, in the dtype of the case: drawn in float32 whatever that is, then widened."""
     heads, size = case.query.shape[-2:]
-    params = method.init(jax.random.key(0), num_heads=heads, head_dim=size)
-    dtype = jnp.promote_types(jnp.asarray(case.query).dtype, jnp.float32)
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+    dtype = jnp.promote_types(np.asarray(case.query).dtype, jnp.float32)
+    widened = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(widened(x)), _drawn(method, heads, size))
+
+
+@functools.lru_cache
+def _drawn(method: Method, heads: int, size: int) -> Params:
+    with jax.enable_x64(False):
+        drawn = jax.jit(functools.partial(method.init, num_heads=heads, head_dim=size))(jax.random.key(0))
+        return jax.tree.map(np.asarray, drawn)
 
 
 def run(method: Method, case: Case, form: str = "output", **options):
-    """Calls the method under jit; arrays among the options are traced, the rest is static.
+    """Calls the method under jit; numbers and arrays among the options are traced, the rest is static.
+
+    Calls that differ in numbers alone share a program, those that leave scale and temperature out among them.
 
     Args:
         method: the method.
@@ -85,20 +98,66 @@ def run(method: Method, case: Case, form: str = "output", **options):
         form: "output", "certified" for (output, certificate), or "residual" for (output, residual).
         options: of `attention.dot_product_attention`.
     """
-    arrays, static = _told_apart(options)
+    case, traced, static = _told_apart(case, options)
+    return _run(case, traced, params_for(method, case), method=method, form=form, static=static)
+
+
+def run_with_gradients(method: Method, case: Case, cotangent, **options):
+    """The output, and the gradients of sum(cotangent * output) to the three operands, from one program under jit."""
+    case, traced, static = _told_apart(case, options)
+    return _run_with_gradients(case, cotangent, traced, params_for(method, case), method=method, static=static)
+
+
+def extend(method: Method, state, tokens: Case, *, temperature: float = 1.0):
+    """`method.extend` under jit, with parameters as `run` has them."""
+    tokens, traced, _ = _told_apart(tokens, {"temperature": temperature})
+    return _extend(state, tokens, traced["temperature"], params_for(method, tokens), method=method)
+
+
+def possible(method: Method, parts) -> dict[str, Any]:
+    """The union of the options whose capabilities a method has: one call, and one program, for several options."""
+    can = method.capabilities
+    return {k: v for needs, part in parts if all(getattr(can, need) for need in needs) for k, v in part.items()}
+
+
+def rounding(method: Method, case: Case, **options):
+    """What rounding may do to the output, `B T N`: the bound for a softmax over tiles of one key."""
+    case, traced, static = _told_apart(case, options)
+    return method.capabilities.rounding * np.asarray(_rounding(case, traced, static=static), np.float64)
+
+
+def _told_apart(case: Case, options: dict) -> tuple[Case, dict, tuple]:
+    """The operands as arrays, what jit traces, and what it compiles in."""
     case = Case(*(jnp.asarray(x) for x in case))
-    return _run(case, arrays, params_for(method, case), method=method, form=form, static=static)
-
-
-def _told_apart(options: dict) -> tuple[dict, tuple]:
-    """What jit traces, and what it compiles in."""
-    arrays = {name: option for name, option in options.items() if isinstance(option, np.ndarray | Array)}
-    return arrays, tuple(sorted((name, option) for name, option in options.items() if name not in arrays))
+    numbers = {"scale": 1 / np.sqrt(case.query.shape[-1]), "temperature": 1.0}
+    traced = {name: np.asarray(options.get(name, default), np.float64) for name, default in numbers.items()}
+    rest = {name: option for name, option in options.items() if name not in traced and option is not False}
+    traced |= {name: option for name, option in rest.items() if isinstance(option, np.ndarray | Array)}
+    return case, traced, tuple(sorted((name, option) for name, option in rest.items() if name not in traced))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "static"))
-def _run(case, arrays, params, *, method, form, static):
-    return call(method, case, params, form, **arrays, **dict(static))
+def _run(case, traced, params, *, method, form, static):
+    return call(method, case, params, form, **traced, **dict(static))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "static"))
+def _run_with_gradients(case, cotangent, traced, params, *, method, static):
+    output, transposed = jax.vjp(lambda case: call(method, case, params, **traced, **dict(static)), case)
+    return output, transposed(jnp.asarray(cotangent, output.dtype))[0]
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _extend(state, tokens, temperature, params, *, method):
+    return method.extend(state, *tokens, temperature=temperature, params=params)
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def _rounding(case, traced, *, static):
+    # Of a call's arguments alone: prepared for a method that takes all of them, it is one program for every method.
+    inputs = prepare(Exact(), *case, **traced, **dict(static))
+    bound = rounding_bound(inputs, rescalings=case.key.shape[1], output_dtype=case.query.dtype)
+    return ungrouped(bound, case.query)
 
 
 def call(method: Method, case: Case, params, form: str = "output", **options):
@@ -106,34 +165,3 @@ def call(method: Method, case: Case, params, form: str = "output", **options):
     if form == "certified":
         return certified_attention(*case, method=method, params=params, **options)
     return dot_product_attention(*case, method=method, params=params, return_residual=form == "residual", **options)
-
-
-def gradients(method: Method, case: Case, cotangent, **options):
-    """The gradients of sum(cotangent * output) to the three operands, under jit."""
-    arrays, static = _told_apart(options)
-    case = Case(*(jnp.asarray(x) for x in case))
-    params = params_for(method, case)
-    return _gradients(case, cotangent, arrays, params, method=method, static=static)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "static"))
-def _gradients(case, cotangent, arrays, params, *, method, static):
-    def loss(case):
-        output = call(method, case, params, **arrays, **dict(static))
-        return (output * jnp.asarray(cotangent, output.dtype)).sum()
-
-    return jax.grad(loss)(case)
-
-
-def rounding(method: Method, case: Case, **options):
-    """What rounding may do to the output, `B T N`: the bound for a softmax over tiles of one key."""
-    arrays, static = _told_apart(options)
-    case = Case(*(jnp.asarray(x) for x in case))
-    return method.capabilities.rounding * np.asarray(_rounding(case, arrays, method=method, static=static), np.float64)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "static"))
-def _rounding(case, arrays, *, method, static):
-    inputs = prepare(method, *case, rng=jax.random.key(0), **arrays, **dict(static))
-    bound = rounding_bound(inputs, rescalings=case.key.shape[1], output_dtype=case.query.dtype)
-    return ungrouped(bound, case.query)

@@ -27,35 +27,38 @@ def object_is_configuration(method: Method) -> None:
 
 @law()
 def shape_dtype_finite(method: Method) -> None:
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        output = run(method, draw(0, E=5).astype(dtype))
-        expect(output.shape == (2, 13, 4, 5), f"output has shape {output.shape}, expected (2, 13, 4, 5)")
+    for dtype, E in ((jnp.float32, 5), (jnp.bfloat16, 8), (jnp.float16, 8)):
+        output = run(method, draw(0, E=E).astype(dtype))
+        expect(output.shape == (2, 13, 4, E), f"output has shape {output.shape}, expected (2, 13, 4, {E})")
         expect(output.dtype == dtype, f"output has dtype {output.dtype}, expected {jnp.dtype(dtype)}")
-        expect(jnp.isfinite(output).all(), f"output is not finite in {jnp.dtype(dtype)}")
+        expect(np.isfinite(np.asarray(output, np.float64)).all(), f"output is not finite in {jnp.dtype(dtype)}")
 
 
 @law(float64=True)
 def batch_axis_is_optional(method: Method) -> None:
-    case = draw(1, B=1)
+    case = draw(1)
     alone = run(method, Case(*(x[0] for x in case)))
-    expect_same(alone, run(method, case)[0], SAME, "T N H differs from 1 T N H")
+    expect_same(alone, run(method, case)[0], SAME, "T N H differs from the same within B T N H")
 
 
 @law()
 def batch_elements_are_independent(method: Method) -> None:
-    case, other = draw(2).astype(jnp.float32), draw(3).astype(jnp.float32)
-    mixed = Case(*(a.at[1].set(b[1]) for a, b in zip(case, other, strict=True)))
-    expect_bitwise(run(method, mixed)[0], run(method, case)[0], "element 0 changed with element 1")
+    case, other = draw(2), draw(3)
+    mixed = Case(*(np.stack([a[0], b[1]]) for a, b in zip(case, other, strict=True)))
+    alone, together = (run(method, x.astype(jnp.float32)) for x in (case, mixed))
+    expect_bitwise(np.asarray(together)[0], np.asarray(alone)[0], "element 0 changed with element 1")
 
 
 @law("head_independent")
 def heads_are_independent(method: Method) -> None:
-    case, other = draw(2).astype(jnp.float32), draw(3).astype(jnp.float32)
-    alone, before, after = run(method, case), (slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2))
-    for (stays, _), (goes, goes_too) in ((before, after), (after, before)):
-        changed = (goes, goes_too, goes_too)  # heads of queries, keys and values
-        mixed = Case(*(a.at[:, :, n].set(b[:, :, n]) for a, b, n in zip(case, other, changed, strict=True)))
-        expect_bitwise(run(method, mixed)[:, :, stays], alone[:, :, stays], "a head changed with another")
+    case, other = draw(2), draw(3)
+    alone = np.asarray(run(method, case.astype(jnp.float32)))
+    for stays, goes in ((0, 1), (1, 0)):
+        heads = (np.arange(4) // 2 == goes, np.arange(2) == goes, np.arange(2) == goes)  # of queries, keys and values
+        mixed = Case(*(np.where(n[:, None], b, a) for a, b, n in zip(case, other, heads, strict=True)))
+        output = np.asarray(run(method, mixed.astype(jnp.float32)))
+        mine = slice(2 * stays, 2 * stays + 2)
+        expect_bitwise(output[:, :, mine], alone[:, :, mine], "a head changed with another")
 
 
 @law()
@@ -67,40 +70,35 @@ def same_call_same_bits(method: Method) -> None:
 @law(float64=True)
 def jit_equals_eager(method: Method) -> None:
     case = draw(5).astype(jnp.float64)
+    # Eager, scale and temperature are left out; under jit they are traced.
     expect_same(call(method, case, params_for(method, case)), run(method, case), SAME, "eager differs from jit")
 
 
 @law(float64=True)
 def vmap_equals_loop(method: Method) -> None:
-    cases = [draw(seed).astype(jnp.float64) for seed in (6, 7)]
-    temperatures = jnp.array([0.5, 2.0])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *cases)
+    cases, temperatures = [draw(seed) for seed in (6, 7)], np.array([0.5, 2.0])
+    stacked = Case(*(np.stack(x) for x in zip(*cases, strict=True)))
     params = params_for(method, cases[0])
     mapped = jax.vmap(lambda case, temperature: call(method, case, params, temperature=temperature))
-    together = jax.jit(mapped)(stacked, temperatures)
+    together = np.asarray(jax.jit(mapped)(stacked, temperatures))
     for case, temperature, output in zip(cases, temperatures, together, strict=True):
         expect_same(output, run(method, case, temperature=temperature), SAME, "vmap differs from a loop")
 
 
 @law()
 def new_values_do_not_recompile(method: Method) -> None:
-    traces = 0
-
-    @jax.jit
-    def attend(case, params, scale, temperature):
-        nonlocal traces
-        traces += 1
-        return call(method, case, params, scale=scale, temperature=temperature)
-
-    for seed, scale, temperature in ((0, 0.3, 1.0), (1, 0.1, 2.0), (2, 3.0, 0.25)):
-        case = draw(seed).astype(jnp.float32)
-        attend(case, params_for(method, case), jnp.float32(scale), jnp.float32(temperature))
-    expect(traces == 1, f"traced {traces} times for three scales and temperatures, expected once")
+    cases = [draw(seed).astype(jnp.float32) for seed in (0, 1, 2)]
+    run(method, cases[0], scale=0.3, temperature=1.0)
+    equal = dataclasses.replace(method)
+    with counted_compilations() as count:
+        for case, scale, temperature in ((cases[1], 0.1, 2.0), (cases[2], 3.0, 0.25)):
+            run(equal, case, scale=scale, temperature=temperature)
+    expect(not count, f"two more scales and temperatures compiled {len(count)} programs, expected none")
 
 
-@law()
+@law(float64=True)
 def a_second_eager_call_does_not_recompile(method: Method) -> None:
-    cases = [draw(seed).astype(jnp.float32) for seed in (0, 1)]
+    cases = [draw(seed).astype(jnp.float64) for seed in (0, 1)]
     params = params_for(method, cases[0])
     call(method, cases[0], params, scale=0.3, temperature=1.0)
     equal = dataclasses.replace(method)
@@ -122,10 +120,10 @@ def refuses_what_it_cannot_do(method: Method) -> None:
     asked: dict[str, dict[str, Any]] = {
         "causal": {"is_causal": True},
         "window": {"local_window_size": 2},
-        "lengths": {"key_value_seq_lengths": jnp.array([3, 13])},
-        "segments": {"query_segment_ids": jnp.zeros((2, 13), jnp.int32)},
-        "dense_mask": {"mask": jnp.ones((1, 1, 13, 13), bool)},
-        "bias": {"bias": jnp.zeros((1, 1, 13, 13))},
+        "lengths": {"key_value_seq_lengths": np.array([3, 13])},
+        "segments": {"query_segment_ids": np.zeros((2, 13), np.int32)},
+        "dense_mask": {"mask": np.ones((1, 1, 13, 13), bool)},
+        "bias": {"bias": np.zeros((1, 1, 13, 13))},
         "soft_cap": {"logits_soft_cap": 5.0},
         "residual": {"return_residual": True},
     }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.config import Data, Model, Optimizer, Run
+from experiments.train import train
 
 WORDS = ("def ", "return ", "x", "y", " = ", "(", ")", ":\n", "    ", "lambda ", "0", "1")
 
@@ -18,11 +19,10 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def tiny(text, tmp_path):
+def small(text, folder):
     """Makes a tiny run; keyword arguments replace its fields, and dicts those of its parts."""
     base = Run(
-        folder=tmp_path / "runs",
+        folder=folder,
         steps=30,
         evaluate_every=10,
         evaluate_batches=2,
@@ -39,3 +39,17 @@ def tiny(text, tmp_path):
         return dataclasses.replace(base, **{**fields, **parts})
 
     return make
+
+
+@pytest.fixture
+def tiny(text, tmp_path):
+    """`small` runs in a folder of the test's own."""
+    return small(text, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def reference(text, tmp_path_factory):
+    """A tiny run that nothing interrupted, trained once."""
+    run = small(text, tmp_path_factory.mktemp("reference") / "runs")(name="reference")
+    train(run)
+    return run

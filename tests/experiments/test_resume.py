@@ -70,13 +70,6 @@ def viewer(at, action, views):
     return make
 
 
-@pytest.fixture
-def reference(tiny):
-    run = tiny(name="reference")
-    train(run)
-    return run
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_run_goes_on_exactly(tiny, reference, signum, code):
     run, views = tiny(), []

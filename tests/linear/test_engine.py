@@ -135,14 +135,15 @@ def test_future_changes_no_bit_of_the_prefix(chunk):
 def test_extend_with_a_temperature_a_head_equals_the_whole():
     temperature = np.array([0.5, 1.0, 2.0, np.inf])
     with jax.enable_x64(True):
-        case = [jnp.asarray(x) for x in draw(5, 13, 13, E=8)]
+        case = list(draw(5, 13, 13, E=8))
         method = Performer(features=16, chunk=4)
         options = {"params": method.init(jax.random.key(1), num_heads=4, head_dim=8), "temperature": temperature}
-        whole = dot_product_attention(*case, method=method, is_causal=True, **options)
-        for split in ((13,), (5, 8), (1,) * 13, (4, 1, 1, 7)):
+        whole = jax.jit(lambda *case: dot_product_attention(*case, method=method, is_causal=True, **options))(*case)
+        extend = jax.jit(lambda state, *new: method.extend(state, *new, **options))
+        for split in ((13,), (5, 1, 7), (1,) * 13, (7, 1, 5)):
             state, outputs, start = method.init_state(2, 2, 8, 13, jnp.float64), [], 0
             for size in split:
-                state, output = method.extend(state, *(x[:, start : start + size] for x in case), **options)
+                state, output = extend(state, *(x[:, start : start + size] for x in case))
                 outputs.append(output)
                 start += size
             assert int(state.length) == 13
@@ -161,15 +162,16 @@ def test_infinite_temperature_is_the_mean_over_visible_keys(causal):
     with jax.enable_x64(True):
         query, key, value = draw(6, 13, 13)
         method = Performer(features=16, chunk=5)
-        output = dot_product_attention(
-            query, key, value, method=method, rng=jax.random.key(0), temperature=np.inf, is_causal=causal
-        )
+
+        @jax.jit
+        def attend(*case):
+            options = {"rng": jax.random.key(0), "temperature": np.inf, "is_causal": causal}
+            output, transposed = jax.vjp(lambda *case: dot_product_attention(*case, method=method, **options), *case)
+            return output, transposed(jnp.ones_like(output))[:2]
+
+        output, gradients = attend(query, key, value)
         mean = np.cumsum(value, 1) / np.arange(1, 14)[:, None, None] if causal else value.mean(1, keepdims=True)
         np.testing.assert_allclose(output, np.broadcast_to(np.repeat(mean, 2, 2), output.shape), atol=SAME, rtol=0)
-        gradients = jax.grad(
-            lambda *x: dot_product_attention(*x, method=method, rng=jax.random.key(0), temperature=jnp.inf).sum(),
-            (0, 1),
-        )(query, key, value)
         assert all(np.all(np.asarray(gradient) == 0) for gradient in gradients)
 
 
@@ -178,18 +180,22 @@ def test_vanished_denominators_are_zero_and_reported():
     query, key, value = (np.float32(x) for x in draw(7, 5, 5))
     method = Performer(features=4)
 
-    def attend(*case):
-        return dot_product_attention(*case, method=method, rng=jax.random.key(0), scale=4000.0)
+    @jax.jit
+    def attend(scale, *case):
+        def loss(*case):
+            output = dot_product_attention(*case, method=method, rng=jax.random.key(0), scale=scale)
+            return output.sum(), output
 
-    error, output = checkify.checkify(attend)(query, key, value)
+        gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*case)
+        return output, *gradients
+
+    checked = jax.jit(checkify.checkify(attend))
+    error, arrays = checked(4000.0, query, key, value)
     with pytest.raises(checkify.JaxRuntimeError, match="rows vanish"):
         error.throw()
-    gradients = jax.grad(lambda *case: attend(*case).sum(), argnums=(0, 1, 2))(query, key, value)
-    assert all(np.isfinite(x).all() for x in (output, *gradients))
-    assert np.any(np.all(np.asarray(output) == 0, axis=-1))
-    clean, _ = checkify.checkify(lambda *x: dot_product_attention(*x, method=method, rng=jax.random.key(0)))(
-        query, key, value
-    )
+    assert all(np.isfinite(x).all() for x in arrays)
+    assert np.any(np.all(np.asarray(arrays[0]) == 0, axis=-1))
+    clean, _ = checked(8**-0.5, query, key, value)
     clean.throw()
 
 
