@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m experiments.benchmark exact` races exact attention, `tiles` compares tile sizes.
+"""Benchmarks: `python -m experiments.benchmark exact` races exact attention; see --help for the others.
 
 Contestants take turns, so that a busy machine slows all of them alike; what is reported is the median and the
 quartiles of the ratio of their times within a round. Each benchmark writes results.json, and a figure as SVG and PNG.
@@ -12,7 +12,7 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import matplotlib as mpl
 import tyro
@@ -22,21 +22,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.contestants import MATRIX_SIZE, Cell, Contestant, chunked, peers
+import attention
+from experiments import memory
+from experiments.contestants import Cell, Contestant, kernels, matrix_size, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment
 from experiments.timing import interleaved, ratios, spread
 
-OURS = "Chunked"
 # Okabe and Ito's palette, which the colour-blind can tell apart.
-LOOKS = {"jax.nn": ("#D55E00", "s"), "PyTorch": ("#0072B2", "o"), "matrix product": ("#009E73", "^")}
+LOOKS = {"jax.nn": ("#D55E00", "s"), "PyTorch": ("#0072B2", "o"), "PyTorch, our layout": ("#56B4E9", "v")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exact:
     """Chunked against jax.nn, and PyTorch where it is installed: time, rate and temporaries."""
 
-    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     """Tokens, T = S."""
     directions: tuple[Literal["forward", "gradient"], ...] = ("forward", "gradient")
     """Forward alone, or forward and backward."""
@@ -44,21 +45,31 @@ class Exact:
     """Whether a query sees only what is before it."""
     heads: int = 8
     """Heads, N."""
-    head_size: int = 64
-    """Size of a head, H."""
+    head_sizes: tuple[int, ...] = (64,)
+    """Sizes of a head, H."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the operands."""
     rounds: int = 9
     """Turns of each contestant."""
     out: Path = Path("runs/benchmark/exact")
     """Folder for results.json, exact.svg and exact.png."""
 
+    mine: ClassVar[str] = "Chunked"
+
+    def cells(self) -> list[Cell]:
+        axes = itertools.product(self.head_sizes, self.directions, self.causal, self.lengths)
+        return [Cell(T, way == "gradient", causal, self.heads, H, self.dtype) for H, way, causal, T in axes]
+
     def contestants(self, cell: Cell) -> dict[str, Contestant]:
-        return {OURS: chunked(cell)} | peers(cell)
+        return {self.mine: ours(cell, attention.Chunked())} | peers(cell)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles(Exact):
     """Tile sizes of Chunked against its own choice."""
 
+    lengths: tuple[int, ...] = (1024, 4096)
+    """Tokens, T = S."""
     sizes: tuple[int, ...] = (256, 512, 1024)
     """Tiles of every one of these sizes in the queries, times each in the keys."""
     out: Path = Path("runs/benchmark/tiles")
@@ -66,34 +77,75 @@ class Tiles(Exact):
 
     def contestants(self, cell: Cell) -> dict[str, Contestant]:
         pairs = itertools.product(self.sizes, repeat=2)
-        return {OURS: chunked(cell)} | {f"{R} x {C}": chunked(cell, R, C) for R, C in pairs}
+        others = {f"{R} x {C}": ours(cell, attention.Chunked(query_chunk=R, key_chunk=C)) for R, C in pairs}
+        return {self.mine: ours(cell, attention.Chunked())} | others
 
 
-Benchmark = Annotated[Exact, tyro.conf.subcommand("exact")] | Annotated[Tiles, tyro.conf.subcommand("tiles")]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode(Exact):
+    """One query over many keys, as in a decoding step: Chunked against jax.nn and PyTorch."""
+
+    lengths: tuple[int, ...] = (4096, 32768)
+    """Keys, S."""
+    out: Path = Path("runs/benchmark/decode")
+    """Folder for results.json, decode.svg and decode.png."""
+
+    def cells(self) -> list[Cell]:
+        axes = itertools.product(self.head_sizes, self.lengths)
+        return [Cell(S, False, False, self.heads, H, self.dtype, queries=1) for H, S in axes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fused(Exact):
+    """Fused("auto") against every kernel that takes the problem on this machine, and Chunked."""
+
+    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    """Tokens, T = S."""
+    head_sizes: tuple[int, ...] = (64, 128)
+    """Sizes of a head, H."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the operands."""
+    out: Path = Path("runs/benchmark/fused")
+    """Folder for results.json, fused.svg and fused.png."""
+
+    mine: ClassVar[str] = "auto"
+
+    def contestants(self, cell: Cell) -> dict[str, Contestant]:
+        return {self.mine: ours(cell, attention.Fused())} | kernels(cell)
+
+
+Benchmark = (
+    Annotated[Exact, tyro.conf.subcommand("exact")]
+    | Annotated[Tiles, tyro.conf.subcommand("tiles")]
+    | Annotated[Decode, tyro.conf.subcommand("decode")]
+    | Annotated[Fused, tyro.conf.subcommand("fused")]
+    | Annotated[memory.Memory, tyro.conf.subcommand("memory")]
+)
 
 
 def measured(benchmark: Exact, cell: Cell) -> dict[str, Any]:
     """Times, ratios to ours, rates and temporaries of every contestant in one cell."""
+    mine = benchmark.mine
     contestants = benchmark.contestants(cell)
     seconds = interleaved({name: one.call for name, one in contestants.items()}, benchmark.rounds)
-    operations = dict.fromkeys(contestants, cell.operations) | {"matrix product": 2.0 * MATRIX_SIZE**3}
+    operations = dict.fromkeys(contestants, cell.operations) | {"matrix product": 2.0 * matrix_size() ** 3}
     rates = {name: spread([operations[name] / second / 1e9 for second in times]) for name, times in seconds.items()}
     result: dict[str, Any] = {
         "cell": cell._asdict(),
         "label": cell.label,
         "seconds": {name: spread(times) for name, times in seconds.items()},
         "gigaflops": rates,
-        "slower_than_ours": ratios(seconds, OURS),
+        "slower_than_ours": ratios(seconds, mine),
         "temporaries": {name: one.temporaries for name, one in contestants.items()},
     }
     result["slower_than_ours"].pop("matrix product", None)  # another amount of work
     if "matrix product" in seconds:
-        mine, theirs = ([operations[name] / second for second in seconds[name]] for name in (OURS, "matrix product"))
-        result["share_of_matrix_product"] = spread([a / b for a, b in zip(mine, theirs, strict=True)])
+        own, theirs = ([operations[name] / second for second in seconds[name]] for name in (mine, "matrix product"))
+        result["share_of_matrix_product"] = spread([a / b for a, b in zip(own, theirs, strict=True)])
     return result
 
 
-def figure(results: list[dict[str, Any]]) -> Figure:
+def figure(results: list[dict[str, Any]], mine: str) -> Figure:
     """How many times slower than ours each contestant is, over the length; bars span the quartiles."""
     labels = list(dict.fromkeys(result["label"] for result in results))
     drawing = Figure(figsize=(3.2 * len(labels) + 0.6, 3.4), layout="constrained")
@@ -114,18 +166,18 @@ def figure(results: list[dict[str, Any]]) -> Figure:
         panel.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
         panel.set_title(label, fontsize=10)
         panel.set_xlabel("length (tokens)")
-    panels[0].set_ylabel(f"time / time of {OURS} (ratio)")
+    panels[0].set_ylabel(f"time / time of {mine} (ratio)")
     panels[0].legend(frameon=False, fontsize=8)
     return drawing
 
 
-def table(results: list[dict[str, Any]]) -> Table:
+def table(results: list[dict[str, Any]], mine: str) -> Table:
     """The same numbers for a terminal."""
     names = list(results[0]["seconds"])
     shown = Table("cell", "T", *(f"{name}, ms" for name in names), "temporaries, MiB", title="medians")
     for result in results:
         times = (f"{1e3 * result['seconds'][name]['median']:.1f}" for name in names)
-        room = result["temporaries"][OURS]
+        room = result["temporaries"][mine]
         shown.add_row(
             result["label"], str(result["cell"]["length"]), *times, "?" if room is None else f"{room / 2**20:.1f}"
         )
@@ -134,25 +186,27 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def run(benchmark: Exact) -> list[dict[str, Any]]:
     """Measures every cell and writes what was found."""
-    axes = itertools.product(benchmark.directions, benchmark.causal, benchmark.lengths)
-    cells = [Cell(T, way == "gradient", causal, benchmark.heads, benchmark.head_size) for way, causal, T in axes]
     console = Console(stderr=True)
-    steps = track(cells, "measuring", console=console, disable=not console.is_terminal)
+    steps = track(benchmark.cells(), "measuring", console=console, disable=not console.is_terminal)
     results = [measured(benchmark, cell) for cell in steps]
+    written(benchmark, results, figure(results, benchmark.mine))
+    Console().print(table(results, benchmark.mine))
+    return results
+
+
+def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> None:
+    """Writes results.json and the figure into the benchmark's folder."""
     name = type(benchmark).__name__.lower()
     config = dataclasses.asdict(benchmark) | {"out": benchmark.out.name}
     record = {"benchmark": name, "config": config, "environment": _environment(), "cells": results}
     benchmark.out.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.out / "results.json", record)
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        drawing = figure(results)
         for kind, details in (("svg", {"Date": None}), ("png", None)):
             buffer = io.BytesIO()
             drawing.savefig(buffer, format=kind, dpi=150, metadata=details)
             write_bytes(benchmark.out / f"{name}.{kind}", buffer.getvalue())
-    Console().print(table(results))
     print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
-    return results
 
 
 def _environment() -> dict[str, Any]:
@@ -166,9 +220,14 @@ def _environment() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
     benchmark = tyro.cli(Benchmark, args=arguments, description=__doc__, prog="python -m experiments.benchmark")
-    if not benchmark.lengths or min(benchmark.lengths) < 1 or benchmark.rounds < 1:
-        sys.exit(f"lengths {benchmark.lengths} and rounds {benchmark.rounds}: expected numbers of at least 1")
-    run(benchmark)
+    if not benchmark.lengths or min(benchmark.lengths) < 1 or getattr(benchmark, "rounds", 1) < 1:
+        sys.exit(f"lengths and rounds of {benchmark}: expected numbers of at least 1")
+    if isinstance(benchmark, memory.Memory):
+        results = benchmark.measured()
+        written(benchmark, results, memory.figure(results))
+        Console().print(memory.table(results))
+    else:
+        run(benchmark)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the benchmark of exact attention races: ours, jax's own, and PyTorch's where it is installed."""
+"""What the benchmarks of exact attention race: ours, jax's own, the vendors', and PyTorch's where it is installed."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,35 +9,43 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
+from attention.fused.kernels import KERNELS
 from experiments.timing import temporaries
 
 MATRIX_SIZE = 2048
 
 
 class Cell(NamedTuple):
-    """One problem: self-attention of one batch element in float32."""
+    """One problem: attention of one batch element, to itself unless it has another number of queries."""
 
     length: int
     gradient: bool
     causal: bool
     heads: int
     head_size: int
+    dtype: str = "float32"
+    queries: int | None = None
 
     @property
     def label(self) -> str:
+        if self.queries is not None:
+            return f"{self.queries} query, {self.dtype}"
         direction = "forward and backward" if self.gradient else "forward"
-        return f"{direction}, causal" if self.causal else direction
+        kind = f"{direction}, causal" if self.causal else direction
+        return kind if self.dtype == "float32" else f"{kind}, {self.dtype}, H = {self.head_size}"
 
     @property
     def operations(self) -> float:
         """Floating-point operations that the definition needs: 2 products forward, 5 more backward."""
-        pairs = self.length * (self.length + 1) / 2 if self.causal else self.length**2
+        pairs = self.length * (self.length + 1) / 2 if self.causal else self.length * (self.queries or self.length)
         return 4.0 * self.heads * pairs * self.head_size * (3.5 if self.gradient else 1.0)
 
-    def operands(self) -> list[np.ndarray]:
+    def operands(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Query, key, value and the cotangent of the output, in float32: `B T N H` and `B S N H`."""
         rng = np.random.default_rng(self.length)
-        shape = (4, 1, self.length, self.heads, self.head_size)
-        return list(rng.standard_normal(shape, np.float32))
+        shapes = [(1, n or self.length, self.heads, self.head_size) for n in (self.queries, None, None, self.queries)]
+        query, key, value, cotangent = (rng.standard_normal(shape, np.float32) for shape in shapes)
+        return query, key, value, cotangent
 
 
 class Contestant(NamedTuple):
@@ -47,19 +55,23 @@ class Contestant(NamedTuple):
     temporaries: int | None = None
 
 
-def in_jax(cell: Cell, attend: Callable[..., jax.Array]) -> Contestant:
-    """An attention function of jax arrays `B T N H`."""
-    *operands, cotangent = (jnp.asarray(x) for x in cell.operands())
+def loss_of(cell: Cell, attend: Callable[..., jax.Array], cotangent: Any = 1.0) -> Callable[..., Any]:
+    """What a cell computes: the output of attention, or the gradients of its product with a cotangent."""
 
     def loss(query, key, value):
         return (attend(query, key, value) * cotangent).sum()
 
-    function = jax.jit(jax.grad(loss, (0, 1, 2)) if cell.gradient else attend)
+    return jax.grad(loss, (0, 1, 2)) if cell.gradient else attend
+
+
+def in_jax(cell: Cell, attend: Callable[..., jax.Array]) -> Contestant:
+    """An attention function of jax arrays `B T N H`."""
+    *operands, cotangent = (jnp.asarray(x, cell.dtype) for x in cell.operands())
+    function = jax.jit(loss_of(cell, attend, cotangent))
     return Contestant(lambda: jax.block_until_ready(function(*operands)), temporaries(function, *operands))
 
 
-def chunked(cell: Cell, query_chunk: int | None = None, key_chunk: int | None = None) -> Contestant:
-    method = attention.Chunked(query_chunk=query_chunk, key_chunk=key_chunk)
+def ours(cell: Cell, method: attention.Method) -> Contestant:
     return in_jax(cell, functools.partial(attention.dot_product_attention, method=method, is_causal=cell.causal))
 
 
@@ -67,14 +79,18 @@ def jax_nn(cell: Cell) -> Contestant:
     return in_jax(cell, functools.partial(jax.nn.dot_product_attention, is_causal=cell.causal))
 
 
-def pytorch(cell: Cell) -> Contestant | None:
-    """PyTorch's scaled_dot_product_attention on the CPU, or None where it is not installed."""
+def pytorch(cell: Cell, *, heads_first: bool = True) -> Contestant | None:
+    """PyTorch's scaled_dot_product_attention on the CPU, or None where it is not installed.
+
+    Its operands lie in memory as its kernel reads them, heads first, or else as ours do.
+    """
     try:
         import torch  # ty: ignore[import-not-found] (a peer to race, never needed)
     except ImportError:
         return None
-    *operands, cotangent = (torch.tensor(x).transpose(1, 2).contiguous() for x in cell.operands())
-    operands = [x.requires_grad_(cell.gradient) for x in operands]
+    dtype = getattr(torch, cell.dtype)
+    *operands, cotangent = (torch.tensor(x, dtype=dtype).transpose(1, 2) for x in cell.operands())
+    operands = [(x.contiguous() if heads_first else x).requires_grad_(cell.gradient) for x in operands]
 
     def call():
         output = torch.nn.functional.scaled_dot_product_attention(*operands, is_causal=cell.causal)
@@ -83,18 +99,37 @@ def pytorch(cell: Cell) -> Contestant | None:
     return Contestant(call)
 
 
-def matrix_product() -> Contestant:
-    """A product of two square matrices in float32, whose rate is what the machine can give."""
-    matrix = jax.random.normal(jax.random.key(0), (MATRIX_SIZE, MATRIX_SIZE))
+def matrix_product(dtype: str = "float32") -> Contestant:
+    """A product of two square matrices, whose rate is what the machine can give."""
+    size = matrix_size()
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     return Contestant(lambda: product(matrix, matrix).block_until_ready())
 
 
+def matrix_size() -> int:
+    """The size of a matrix whose product fills the machine."""
+    return MATRIX_SIZE if jax.default_backend() == "cpu" else 4 * MATRIX_SIZE
+
+
 def peers(cell: Cell) -> dict[str, Contestant]:
     """Everything that ours is measured against."""
-    every: Iterable[tuple[str, Contestant | None]] = (
-        ("jax.nn", jax_nn(cell)),
-        ("PyTorch", pytorch(cell) if jax.default_backend() == "cpu" else None),
-        ("matrix product", matrix_product()),
-    )
-    return {name: contestant for name, contestant in every if contestant is not None}
+    found: dict[str, Contestant | None] = {"jax.nn": jax_nn(cell)}
+    if jax.default_backend() == "cpu":
+        found["PyTorch"] = pytorch(cell)
+        if cell.queries is not None:
+            found["PyTorch, our layout"] = pytorch(cell, heads_first=False)
+    if cell.queries is None:
+        found["matrix product"] = matrix_product(cell.dtype)
+    return {name: contestant for name, contestant in found.items() if contestant is not None}
+
+
+def kernels(cell: Cell) -> dict[str, Contestant]:
+    """Every kernel of `attention.Fused` that takes this problem here, tiles, and what the machine can give."""
+    found = {"Chunked": ours(cell, attention.Chunked())}
+    for kernel in KERNELS:
+        try:
+            found[kernel.name] = ours(cell, attention.Fused(implementation=kernel.name))
+        except (attention.UnsupportedError, ImportError):
+            continue
+    return found | {"matrix product": matrix_product(cell.dtype)}

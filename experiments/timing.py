@@ -37,7 +37,7 @@ def ratios(seconds: Mapping[str, list[float]], of: str) -> dict[str, dict[str, f
     return {name: spread(np.asarray(theirs) / mine) for name, theirs in seconds.items() if name != of}
 
 
-def temporaries(function: Callable[..., Any], *operands: jax.Array) -> int | None:
+def temporaries(function: Callable[..., Any], *operands: jax.Array | jax.ShapeDtypeStruct) -> int | None:
     """Bytes beside arguments and results that the compiled function needs; None where the backend does not say."""
     analysis = jax.jit(function).lower(*operands).compile().memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)

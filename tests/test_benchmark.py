@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 
+import attention
 from experiments import benchmark
-from experiments.contestants import Cell, chunked, jax_nn
+from experiments.contestants import Cell, jax_nn, ours
 from experiments.timing import interleaved, ratios
 
 
-@pytest.mark.parametrize("command", [["exact"], ["tiles", "--sizes", "8", "16"]])
+@pytest.mark.parametrize("command", [["exact"], ["tiles", "--sizes", "8", "16"], ["fused"]])
 def test_a_small_benchmark_writes_numbers_and_figures(command, tmp_path, capsys):
-    options = "--lengths 16 33 --heads 1 --head-size 8 --rounds 2 --directions forward --causal False"
+    options = "--lengths 16 33 --heads 1 --head-sizes 8 --rounds 2 --directions forward --causal False"
     benchmark.main([*command, *options.split(), "--out", str(tmp_path / "found")])
     name = command[0]
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"results.json", f"{name}.svg", f"{name}.png"}
@@ -27,12 +28,25 @@ def test_a_small_benchmark_writes_numbers_and_figures(command, tmp_path, capsys)
     assert "forward" in capsys.readouterr().out
 
 
+def test_decoding_and_memory_are_measured(tmp_path, capsys):
+    benchmark.main(["decode", "--lengths", "32", "--rounds", "2", "--out", str(tmp_path / "decode")])
+    benchmark.main(["memory", "--lengths", "32", "64", "--out", str(tmp_path / "memory")])
+    decode, memory = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("decode", "memory"))
+    assert decode["cells"][0]["cell"]["queries"] == 1
+    *plans, last = memory["cells"]
+    assert len(plans) == 2 * 2 * 2
+    assert all(set(plan["temporaries"]) == {"Chunked", "jax.nn"} for plan in plans)
+    assert last["finite"]
+    assert last["cell"]["length"] == 64
+    assert "temporaries" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_contestants_answer_the_same_question(gradient, causal):
     cell = Cell(length=20, gradient=gradient, causal=causal, heads=2, head_size=8)
-    ours, theirs = (contestant(cell).call() for contestant in (chunked, jax_nn))
-    for a, b in zip(ours, theirs, strict=True):
+    mine, theirs = (contestant.call() for contestant in (ours(cell, attention.Chunked()), jax_nn(cell)))
+    for a, b in zip(mine, theirs, strict=True):
         # Both within 1e-5 of exact: 20 keys, logits of order one, 2**-24 each.
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
