@@ -51,6 +51,8 @@ class Exact:
     """Of the operands."""
     rounds: int = 9
     """Turns of each contestant."""
+    seconds: float = 60.0
+    """Of a cell, after which no more turns begin; there are at least 3."""
     out: Path = Path("runs/benchmark/exact")
     """Folder for results.json, exact.svg and exact.png."""
 
@@ -127,7 +129,7 @@ def measured(benchmark: Exact, cell: Cell) -> dict[str, Any]:
     """Times, ratios to ours, rates and temporaries of every contestant in one cell."""
     mine = benchmark.mine
     contestants = benchmark.contestants(cell)
-    seconds = interleaved({name: one.call for name, one in contestants.items()}, benchmark.rounds)
+    seconds = interleaved({name: one.call for name, one in contestants.items()}, benchmark.rounds, benchmark.seconds)
     operations = dict.fromkeys(contestants, cell.operations) | {"matrix product": 2.0 * matrix_size() ** 3}
     rates = {name: spread([operations[name] / second / 1e9 for second in times]) for name, times in seconds.items()}
     result: dict[str, Any] = {
@@ -152,9 +154,10 @@ def figure(results: list[dict[str, Any]], mine: str) -> Figure:
     panels = drawing.subplots(1, len(labels), sharey=True, squeeze=False)[0]
     for panel, label in zip(panels, labels, strict=True):
         cells = [result for result in results if result["label"] == label]
-        lengths = [result["cell"]["length"] for result in cells]
-        for i, name in enumerate(cells[0]["slower_than_ours"]):
-            found = [result["slower_than_ours"][name] for result in cells]
+        for i, name in enumerate(_contestants(cells, "slower_than_ours")):
+            raced = [result for result in cells if name in result["slower_than_ours"]]
+            lengths = [result["cell"]["length"] for result in raced]
+            found = [result["slower_than_ours"][name] for result in raced]
             middle = [ratio["median"] for ratio in found]
             below = [ratio["median"] - ratio["lower_quartile"] for ratio in found]
             above = [ratio["upper_quartile"] - ratio["median"] for ratio in found]
@@ -171,12 +174,18 @@ def figure(results: list[dict[str, Any]], mine: str) -> Figure:
     return drawing
 
 
+def _contestants(results: list[dict[str, Any]], quantity: str) -> list[str]:
+    """All who raced anywhere, in their order."""
+    return list(dict.fromkeys(name for result in results for name in result[quantity]))
+
+
 def table(results: list[dict[str, Any]], mine: str) -> Table:
     """The same numbers for a terminal."""
-    names = list(results[0]["seconds"])
+    names = _contestants(results, "seconds")
     shown = Table("cell", "T", *(f"{name}, ms" for name in names), "temporaries, MiB", title="medians")
     for result in results:
-        times = (f"{1e3 * result['seconds'][name]['median']:.1f}" for name in names)
+        seconds = result["seconds"]
+        times = (f"{1e3 * seconds[name]['median']:.1f}" if name in seconds else "-" for name in names)
         room = result["temporaries"][mine]
         shown.add_row(
             result["label"], str(result["cell"]["length"]), *times, "?" if room is None else f"{room / 2**20:.1f}"

@@ -1,6 +1,7 @@
 """What the benchmarks of exact attention race: ours, jax's own, the vendors', and PyTorch's where it is installed."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,7 +122,14 @@ def peers(cell: Cell) -> dict[str, Contestant]:
             found["PyTorch, our layout"] = pytorch(cell, heads_first=False)
     if cell.queries is None:
         found["matrix product"] = matrix_product(cell.dtype)
-    return {name: contestant for name, contestant in found.items() if contestant is not None}
+    return {name: contestant for name, contestant in found.items() if contestant is not None and fits(contestant)}
+
+
+def fits(contestant: Contestant) -> bool:
+    """Whether the temporaries take no more than half of the machine's memory, where it says how much there is."""
+    stats = jax.devices()[0].memory_stats() or {}
+    room = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return (contestant.temporaries or 0) <= room / 2
 
 
 def kernels(cell: Cell) -> dict[str, Contestant]:

@@ -1,16 +1,18 @@
-"""The tables that the documents take from the registry.
+"""The tables that the documents take from the registry and from measured results.
 
 python -m experiments.tables            writes them into README.md and docs/methods.md
 """
 
 import dataclasses
 import inspect
+import itertools
+import json
 from pathlib import Path
 
 from attention.method import METHODS, Capabilities, Method
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- methods: made by `make docs` -->", "<!-- end of methods -->"
+RESULTS = ROOT / "docs" / "results"
 LENGTH, HEADS, SIZE = 4096, 8, 64
 
 
@@ -58,10 +60,31 @@ def reference() -> str:
     return "\n".join(parts) + "\n"
 
 
-def with_overview(text: str) -> str:
-    """A document with the table between its markers renewed."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + overview() + "\n" + END + rest.split(END)[1]
+def races() -> str:
+    """How many times longer than `Chunked` its peers took, by problem and length: medians of the committed runs."""
+    cells = json.loads((RESULTS / "exact" / "results.json").read_text())["cells"]
+    lengths = list(dict.fromkeys(cell["cell"]["length"] for cell in cells))
+    found = {(cell["label"], cell["cell"]["length"]): cell["slower_than_ours"] for cell in cells}
+    labels = list(dict.fromkeys(label for label, _ in found))
+    rows = [
+        "| time / time of `Chunked` | " + " | ".join(f"T = {length:,}" for length in lengths) + " |",
+        "|---|" + "---|" * len(lengths),
+    ]
+    for name, label in itertools.product(("PyTorch", "jax.nn"), labels):
+        ratios = (found[label, length].get(name) for length in lengths)
+        shown = (f"{ratio['median']:.2f}" if ratio else "does not fit" for ratio in ratios)
+        rows.append(f"| {name}, {label} | " + " | ".join(shown) + " |")
+    return "\n".join(rows)
+
+
+def renewed(text: str) -> str:
+    """A document with the tables between their markers renewed."""
+    for name, table in (("methods", overview), ("races", races)):
+        begin, end = f"<!-- {name}: made by `make docs` -->", f"<!-- end of {name} -->"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = before + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
+    return text
 
 
 def _cost(method: Method) -> float:
@@ -80,7 +103,7 @@ def _yes(flag: bool) -> str:
 def main() -> None:
     """Writes the tables into README.md and docs/methods.md."""
     readme = ROOT / "README.md"
-    readme.write_text(with_overview(readme.read_text()))
+    readme.write_text(renewed(readme.read_text()))
     (ROOT / "docs" / "methods.md").write_text(reference())
 
 

@@ -7,17 +7,22 @@ from typing import Any
 import jax
 import numpy as np
 
+LEAST = 3  # rounds, however long they take
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, limit: float) -> dict[str, list[float]]:
     """Seconds of each call in each round; every call runs once before the clock starts.
 
-    A call returns when its result is there. The order is reversed in every other round, so that none always
-    finds the caches as the same other one left them.
+    A call returns when its result is there. After `limit` seconds no round begins but the first LEAST. The order is
+    reversed in every other round, so that none always finds the caches as the same other one left them.
     """
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
     for turn in range(rounds):
+        if turn >= LEAST and time.perf_counter() - began > limit:
+            break
         for name in list(calls)[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
             calls[name]()

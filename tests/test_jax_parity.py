@@ -307,5 +307,5 @@ def test_what_ours_takes_and_theirs_does_not():
         with pytest.raises(ValueError, match="should be"):
             theirs(**given)
         assert jax.eval_shape(lambda given=given: CALLS["Chunked"](**given)).shape[:3] == (B, T, N)
-    with pytest.raises(attention.UnsupportedError, match="method="):
-        attention.dot_product_attention(q, k, v, implementation="cudnn")
+    with pytest.raises(ValueError, match="implementation"):
+        attention.dot_product_attention(q, k, v, implementation="cudnn", method=CHUNKED)

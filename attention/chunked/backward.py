@@ -8,9 +8,12 @@ where dS is d logits behind the soft cap, whose own cotangent and that of the bi
 held while the tiles of queries that see it pass by (Dao, "FlashAttention-2", arXiv 2307.08691, section 3.1.2).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from attention.chunked.exponential import power, unit
 from attention.chunked.logits import (
@@ -32,63 +35,62 @@ from attention.inputs import Inputs
 Named = dict[str, jax.Array]
 
 
+class _Results(NamedTuple):
+    """What the backward pass knows of the rows of the results, with a row's numbers along the last axis or before it.
+
+    Attributes:
+        d_output: the cotangent of the output.
+        level: the residual in units of `exponential.unit`.
+        offset: d residual - rowsum(dO O).
+    """
+
+    d_output: Float[Array, "b k G T E"]
+    level: Float[Array, "b k G T"]
+    offset: Float[Array, "b k G T"]
+
+
 def backward(inputs: Inputs, output, residual, cotangents, moving: tuple[str, ...], tiling: Tiling) -> Named:
     """The cotangents of the operands called `moving`, in the dtype of the output, given those of both results."""
-    dtype, d_output = output.dtype, cotangents[0]
+    d_output, d_residual = cotangents
     # A row that sees no key has no weights: exp(l - inf) = 0.
-    level = jnp.where(jnp.isneginf(residual), jnp.inf, residual) * unit(dtype)
-    offset = cotangents[1] - (d_output * output).sum(-1)
-    up_key = jnp.swapaxes(inputs.key, 2, 3)
+    level = jnp.where(jnp.isneginf(residual), jnp.inf, residual) * unit(output.dtype)
+    results = _Results(d_output, level, d_residual - (d_output * output).sum(-1))
+    across = jnp.swapaxes(inputs.key, 2, 3)
 
     def group(shared: Named, n):
         corner = tiling.corner(n)
         part = inputs.part(corner[0], tiling.batch.size, corner[1], tiling.heads.size)
-        own = [tiling.heads_of(x, corner) for x in (d_output, level, offset, up_key)]
-        return _group(part, *own, shared, corner, moving, tiling)
+        own = _Results(*(tiling.heads_of(x, corner) for x in results))
+        return _group(part, own, tiling.heads_of(across, corner), shared, corner, moving, tiling)
 
-    shared = {name: jnp.zeros(getattr(inputs, name).shape, dtype) for name in ("bias", "soft_cap") if name in moving}
+    shared = {n: jnp.zeros(getattr(inputs, n).shape, output.dtype) for n in ("bias", "soft_cap") if n in moving}
     shared, own = lax.scan(group, shared, jnp.arange(tiling.groups))
     return shared | {name: x.reshape(getattr(inputs, name).shape) for name, x in own.items()}
 
 
-def _group(part: Inputs, d_output, level, offset, up_key, shared: Named, corner, moving, tiling: Tiling):
+def _group(part: Inputs, results: _Results, across, shared: Named, corner, moving, tiling: Tiling):
     """One group of heads: `shared` grown by its part of the cotangents that groups share, and its own ones."""
-    dtype, queries, keys = d_output.dtype, tiling.queries, tiling.keys
+    dtype, queries, keys = results.d_output.dtype, tiling.queries, tiling.keys
     spans = jax.vmap(lambda i: jnp.stack([jnp.asarray(x) for x in span(part.mask, i, queries, keys)]))
     first, _, _, end = spans(jnp.arange(queries.count)).T
-    up_query, up_output = (
-        lax.map(lambda i, x=x: upright(rows(x, tiling, i, axis=3)), jnp.arange(queries.count))
-        for x in (part.query, d_output)
-    )
-    masked = banded(part.mask) or irregular(part.mask) or keys.overlap > 0
+    uprights = [_upright_tiles(x, tiling) for x in (part.query, results.d_output)]
 
     def key_tile(carry, j):
         key, value = (columns(x, tiling, j, dtype) for x in (part.key, part.value))
-        across = lax.dynamic_slice_in_dim(up_key, keys.start(j), keys.size, axis=3).astype(dtype)
+        up_key = lax.dynamic_slice_in_dim(across, keys.start(j), keys.size, axis=3).astype(dtype)
         reads = (first <= j) & (j < end)
 
         def add(i, carry):
             shared, d_query, held = carry
-            query, d_out = (rows(x, tiling, i, axis=3) for x in (part.query, d_output))
-            operands = {"soft_cap": part.soft_cap, "bias": bias_tile(part, tiling, i, j)}
-            logits, pull = jax.vjp(
-                lambda raw, given: shaped(raw, **given), scores(up_query[i], key_in_units(key, part)), operands
-            )
-            weights = power(in_units(logits, part) - rows(level, tiling, i)[:, :, None])
-            if masked:
-                weights = jnp.where(visible(part, tiling, i, j), weights, 0)
-            if queries.overlap:  # rows that the last tile shares with the one before count once
-                weights = jnp.where(queries.owned(i).reshape(1, 1, 1, 1, -1), weights, 0)
-            change = scores(up_output[i], value) + rows(offset, tiling, i)[:, :, None]
-            d_scores, others = pull(weights * change)
-            held = dict(held)
-            if "value" in moving:
-                held["value"] += product("BKSGT,BKGTE->BKSE", weights, d_out)
-            if "key" in moving:
-                held["key"] += product("BKSGT,BKGTH->BKSH", d_scores, query)
+            pair = [x[i] for x in uprights]
+            weights, d_scores, others = _tile(part, results, pair, key_in_units(key, part), value, tiling, i, j)
+            seen_by = {"value": (weights, results.d_output), "key": (d_scores, part.query)}
+            held = {
+                name: x + product("BKSGT,BKGTH->BKSH", seen_by[name][0], rows(seen_by[name][1], tiling, i, axis=3))
+                for name, x in held.items()
+            }
             if "query" in moving:
-                moved = product("BKHS,BKSGT->BKHGT", across, d_scores)
-                d_query = d_query.at[i].add(moved)
+                d_query = d_query.at[i].add(product("BKHS,BKSGT->BKHGT", up_key, d_scores))
             return _grown(shared, others, corner, queries.start(i), keys.start(j)), d_query, held
 
         held = {name: jnp.zeros_like(x) for name, x in (("key", key), ("value", value)) if name in moving}
@@ -96,12 +98,31 @@ def _group(part: Inputs, d_output, level, offset, up_key, shared: Named, corner,
         shared, d_query, held = lax.fori_loop(start, stop, add, (*carry, held))
         return (shared, d_query), held
 
-    d_query = jnp.zeros_like(up_query) if "query" in moving else None
+    d_query = jnp.zeros_like(uprights[0]) if "query" in moving else None
     (shared, d_query), own = lax.scan(key_tile, (shared, d_query), jnp.arange(keys.count))
     own = {name: keys.join(x, 2) for name, x in own.items()}
     if d_query is not None:
         own["query"] = queries.join(jnp.moveaxis(d_query, 3, 5), 3)
     return shared, own
+
+
+def _tile(part: Inputs, results: _Results, uprights, key, value, tiling: Tiling, i, j):
+    """The weights of a tile, the cotangent of its scores, and those of its soft cap and its bias."""
+    up_query, up_output = uprights
+    operands = {"soft_cap": part.soft_cap, "bias": bias_tile(part, tiling, i, j)}
+    logits, pull = jax.vjp(lambda raw, given: shaped(raw, **given), scores(up_query, key), operands)
+    weights = power(in_units(logits, part) - rows(results.level, tiling, i)[:, :, None])
+    if banded(part.mask) or irregular(part.mask) or tiling.keys.overlap:
+        weights = jnp.where(visible(part, tiling, i, j), weights, 0)
+    if tiling.queries.overlap:  # rows that the last tile shares with the one before count once
+        weights = jnp.where(tiling.queries.owned(i).reshape(1, 1, 1, 1, -1), weights, 0)
+    change = scores(up_output, value) + rows(results.offset, tiling, i)[:, :, None]
+    return weights, *pull(weights * change)
+
+
+def _upright_tiles(x: Float[Array, "b k G T H"], tiling: Tiling) -> Float[Array, "count b k H G R"]:
+    """All tiles of queries, upright, stacked."""
+    return lax.map(lambda i: upright(rows(x, tiling, i, axis=3)), jnp.arange(tiling.queries.count))
 
 
 def _grown(shared: Named, tile: dict, corner, row, col) -> Named:
