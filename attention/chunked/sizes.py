@@ -10,10 +10,9 @@ from attention.chunked.tiles import Tiles
 # Measured by `python -m experiments.benchmark tiles` on a CPU; docs/results/tiles has the figures. A matrix product
 # of no more than 2**22 multiplications runs on one thread, and a tile passes through the caches that the threads share.
 # A band leaves out fewer tiles the longer they are. Not measured on accelerators.
-ROWS = 1024  # rows of a tile, of all query heads that share the key head
-BANDED_ROWS = 256  # the same where the mask may leave tiles out
 COLUMNS = 512  # keys of a tile
-AREA = 2**20  # logits of a tile, of all the heads in it: 4 MiB in float32
+ROWS, AREA = 1024, 2**19  # rows of a key head in a tile, and logits of a tile: 2 MiB in float32
+BANDED_ROWS, BANDED_AREA = 256, 2**20  # the same where the mask may leave tiles out: fewer rows of more heads
 ALIGNMENT = 16  # the longest vector unit in float32
 
 
@@ -44,15 +43,15 @@ def chosen(
 ) -> Tiling:
     """The tiles that were asked for, or by default even ones of about AREA logits.
 
-    ROWS rows by COLUMNS keys, BANDED_ROWS where the mask may leave tiles out (`skips`), of as many key heads and then
-    batch elements as divide their axes. What is left of AREA goes to the keys, or to the rows where tiles may be left
-    out.
+    ROWS rows by COLUMNS keys, of as many key heads and then batch elements as divide their axes. What is left of AREA
+    goes to the keys, or to the rows where the mask may leave tiles out (`skips`, with BANDED_ROWS and BANDED_AREA).
     """
-    rows = min(T, query_chunk) if query_chunk else even(T, max(1, (BANDED_ROWS if skips else ROWS) // G))
+    most, area = (BANDED_ROWS, BANDED_AREA) if skips else (ROWS, AREA)
+    rows = min(T, query_chunk) if query_chunk else even(T, max(1, most // G))
     cols = min(S, key_chunk) if key_chunk else even(S, COLUMNS)
-    heads = divisor(K, AREA // (G * rows * cols))
-    batch = divisor(B, AREA // (G * rows * cols * heads)) if heads == K else 1
-    spare = max(1, AREA // (G * rows * cols * heads * batch))
+    heads = divisor(K, area // (G * rows * cols))
+    batch = divisor(B, area // (G * rows * cols * heads)) if heads == K else 1
+    spare = max(1, area // (G * rows * cols * heads * batch))
     if skips and not query_chunk:
         rows = even(T, max(rows, min(spare * rows, ROWS // G)))
     elif not skips and not key_chunk:
