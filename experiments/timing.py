@@ -8,26 +8,34 @@ import jax
 import numpy as np
 
 LEAST = 3  # rounds, however long they take
+SETTLES = 1.0  # seconds; a shorter call runs once more before it is timed, with the memory and caches of its own
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, limit: float) -> dict[str, list[float]]:
-    """Seconds of each call in each round; every call runs once before the clock starts.
+    """Seconds of each call in each round; every call runs twice before the clock starts, and a short one before each.
 
     A call returns when its result is there. After `limit` seconds no round begins but the first LEAST. The order is
     reversed in every other round, so that none always finds the caches as the same other one left them.
     """
     for call in calls.values():
-        call()
+        call()  # and compiles
+    settling = {name: _seconds(call) < SETTLES for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for turn in range(rounds):
         if turn >= LEAST and time.perf_counter() - began > limit:
             break
         for name in list(calls)[:: -1 if turn % 2 else 1]:
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
+            if settling[name]:
+                calls[name]()
+            seconds[name].append(_seconds(calls[name]))
     return seconds
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def spread(numbers) -> dict[str, float]:

@@ -23,17 +23,20 @@ class Chunked(Cached):
 
         m' = max(m, rowmax l),  z' = e^(m - m') z + rowsum e^(l - m'),  a' = e^(m - m') a + e^(l - m') V
 
-    and the output is a / z. Tiles that causality, the window or lengths rule out are not read, and only those on
-    the edge of a band are masked. The G query heads of a key head share each tile of keys and values.
+    and the output is a / z. Where the logits of a row are known to be small, by the norms of its query and of the keys
+    that it sees, m is that bound from the start, which saves the maximum. Tiles that causality, the window, lengths or
+    packed segments rule out are not read, and only those on the edge of a band are masked. The G query heads of a key
+    head share each tile of keys and values. A few queries over many keys, as in a decoding step, take one pass over
+    the keys as they lie in memory.
 
     Attributes:
-        query_chunk: queries in a tile; None for 512 rows of all query heads of a key head together.
-        key_chunk: keys in a tile; None for 2**18 logits in a tile, 2**17 in the derivative.
+        query_chunk: queries in a tile; None for the rule of `attention.chunked.sizes`, made of measurements.
+        key_chunk: keys in a tile; None for the same rule.
 
     Cost: 2 T S (H + E) operations a head forward, 5 T S (H + E) backward, those of tiles that nothing sees left
     out; O((T + S) (H + E)) memory, forward and backward, for derivatives of first order in either mode.
     Derivatives of second order keep O(T / query_chunk) copies of the keys.
-    Error bound: `attention.exact.rounding_bound` with one rescaling a key tile.
+    Error bound: `attention.rounding.rounding_bound` with one rescaling a key tile, or a fixed shift.
 
     Raises:
         ValueError: a chunk is not an integer of at least 1.

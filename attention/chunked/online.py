@@ -27,7 +27,7 @@ from attention.rounding import max_over_visible, norms
 
 # Where no logit of a tile of queries can exceed this size, weights are taken relative to a bound on the logits, which
 # costs nothing, and not to their running maximum, which costs a pass over them. No weight is then below
-# exp(-2 * CALM) = 4e-18, far from where float32 ends. `attention.exact.rounding_bound` accounts for it.
+# exp(-2 * CALM) = 4e-18, far from where float32 ends. `attention.rounding.rounding_bound` accounts for it.
 CALM = 20.0
 
 

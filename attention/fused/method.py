@@ -54,7 +54,7 @@ class Fused(Cached):
 
     Cost: 2 T S (H + E) operations a head, half of it where causal, and operands read once; "xla" computes the
     masked half too, and keeps T S weights a head.
-    Error bound: `attention.exact.rounding_bound` for "xla" in float32, and `weights_bound` more in bfloat16 on a
+    Error bound: `attention.rounding.rounding_bound` for "xla" in float32, and `weights_bound` more in bfloat16 on a
     CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with `Exact`.
 
     Raises:
@@ -115,7 +115,7 @@ class Fused(Cached):
 
 
 def weights_bound(inputs: Inputs) -> Float[Array, "B K G T"]:
-    r"""What "xla" adds to `attention.exact.rounding_bound` with operands of 16 bits, in the units of the values.
+    r"""What "xla" adds to `attention.rounding.rounding_bound` with operands of 16 bits, in the units of the values.
 
     It rounds the weights to 16 bits before it sums the values, and beta times the query too where beta is one
     number a head. With u their unit roundoff, s the smallest positive number, n keys, C the largest norm of a
