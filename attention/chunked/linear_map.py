@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -73,7 +74,7 @@ def _run(*arrays, linear: LinearMap, split: int, like):
 @_primitive.def_abstract_eval
 def _shapes(*arrays, linear: LinearMap, split: int, like):
     del arrays, linear, split
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in like]
+    return [ShapedArray(x.shape, x.dtype) for x in like]
 
 
 mlir.register_lowering(_primitive, mlir.lower_fun(_run, multiple_results=True))
