@@ -7,9 +7,9 @@ from jaxtyping import Array, Float
 
 from attention.chunked.tiles import Tiles
 
-# Measured by `python -m experiments.benchmark tiles`, and for several heads a tile by hand, on a CPU of 2 cores. A matrix
-# product of no more than 2**22 multiplications runs on one thread, and a tile passes through the caches that threads
-# share. A band leaves out fewer tiles the longer they are. Not measured on accelerators.
+# Measured by `python -m experiments.benchmark tiles`, and for several heads a tile by hand, on a CPU of 2 cores. A
+# matrix product of no more than 2**22 multiplications runs on one thread, and a tile passes through the caches that
+# threads share. A band leaves out fewer tiles the longer they are. Not measured on accelerators.
 COLUMNS = 512  # keys of a tile
 ROWS, AREA = 1024, 2**19  # rows of a key head in a tile, and logits of a tile: 2 MiB in float32
 BANDED_ROWS, BANDED_AREA = 256, 2**20  # the same where the mask may leave tiles out: fewer rows of more heads
