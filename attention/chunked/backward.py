@@ -77,7 +77,7 @@ def _group(part: Inputs, results: _Results, across, shared: Named, corner, movin
 
     def key_tile(carry, j):
         key, value = (columns(x, tiling, j, dtype) for x in (part.key, part.value))
-        up_key = lax.dynamic_slice_in_dim(across, keys.start(j), keys.size, axis=3).astype(dtype)
+        up_key = columns(across, tiling, j, dtype, axis=3)
         reads = (first <= j) & (j < end)
 
         def add(i, carry):

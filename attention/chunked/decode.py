@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.chunked.logits import product
+from attention.chunked.online import finite
 from attention.chunked.sizes import divisor
 from attention.inputs import Inputs
 from attention.logits import soft_capped
@@ -58,7 +59,7 @@ def _attend(inputs: Inputs, query, key: Float[Array, "B S K H"], value: Float[Ar
         logits = logits + inputs.bias.astype(dtype)
     logits = jnp.where(inputs.mask.whole(), logits, -jnp.inf)
     top = logits.max(-1)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0, top)[..., None])
+    weights = jnp.exp(logits - finite(top)[..., None])
     total = weights.sum(-1)
     every = product("BRNC,BNCX->BNRX", weights.reshape(B, K * G * T, S // C, C), value).sum(1)
     output = (every.reshape(B, K, G, T, K, -1) * blocks).sum(4) / jnp.where(total > 0, total, 1)[..., None]

@@ -28,9 +28,9 @@ def upright(x: Float[Array, "b k G R H"]) -> Float[Array, "b k H G R"]:
     return jnp.moveaxis(x, 4, 2)
 
 
-def columns(x: Float[Array, "b k S H"], tiling: Tiling, j, dtype: Any) -> Float[Array, "b k C H"]:
-    """What belongs to key tile j."""
-    return lax.dynamic_slice_in_dim(x, tiling.keys.start(j), tiling.keys.size, axis=2).astype(dtype)
+def columns(x: Float[Array, "..."], tiling: Tiling, j, dtype: Any, axis: int = 2) -> Float[Array, "..."]:
+    """What belongs to key tile j, of an array with the keys along an axis."""
+    return lax.dynamic_slice_in_dim(x, tiling.keys.start(j), tiling.keys.size, axis=axis).astype(dtype)
 
 
 def product(subscripts: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:

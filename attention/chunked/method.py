@@ -76,12 +76,13 @@ class Chunked(Cached):
     def _tiling(self, inputs: Inputs) -> Tiling:
         B, K, G, T, _ = inputs.query.shape
         skips = banded(inputs.mask) or irregular(inputs.mask)
-        chunks = {"query_chunk": self.query_chunk, "key_chunk": self.key_chunk}
-        return chosen(B, K, G, T, inputs.mask.num_keys, skips=skips, **chunks)
+        return self._chosen(B, K, G, T, inputs.mask.num_keys, skips=skips)
+
+    def _chosen(self, *sizes: int, skips: bool) -> Tiling:
+        return chosen(*sizes, skips=skips, query_chunk=self.query_chunk, key_chunk=self.key_chunk)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
-        chunks = {"query_chunk": self.query_chunk, "key_chunk": self.key_chunk}
-        _, _, queries, keys = chosen(1, num_heads, 1, T, S, skips=is_causal, **chunks)
+        _, _, queries, keys = self._chosen(1, num_heads, 1, T, S, skips=is_causal)
         ends = [min((i + 1) * queries.size, S) if is_causal else S for i in range(queries.count)]
         read = sum(-(-end // keys.size) * keys.size for end in ends)  # keys, once for each tile of queries
         return Cost(4.0 * num_heads * queries.size * read * head_dim, 4.0 * num_heads * (2 * T + 2 * read) * head_dim)

@@ -130,7 +130,7 @@ def _step(part: Inputs, query, value, calm, tiling: Tiling, i, masked: bool) -> 
 
 def _with_ones(value: Float[Array, "b k E S"], tiling: Tiling, j, dtype: Any) -> Float[Array, "b k E+1 C"]:
     """V^T of key tile j above a row of ones: one product then gives the weighted sum and the sum of the weights."""
-    tile = lax.dynamic_slice_in_dim(value, tiling.keys.start(j), tiling.keys.size, axis=3).astype(dtype)
+    tile = columns(value, tiling, j, dtype, axis=3)
     return jnp.concatenate([tile, jnp.ones_like(tile[:, :, :1])], axis=2)
 
 
