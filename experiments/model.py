@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 import attention
 import attention.flax
 from attention import positions
+from attention.flax.layer import by_token
 from experiments import config
 
 VOCABULARY = 256  # bytes
@@ -62,8 +63,10 @@ class Block(nnx.Module):
         return state, self._with_mlp(x + attended)
 
     def _with_mlp(self, x):
-        h = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+        return x + by_token(self._mlp, self.mlp_norm(x))
+
+    def _mlp(self, h):
+        return self.down(_gated(self.gate(h), self.up(h)))
 
 
 class LanguageModel(nnx.Module):
@@ -99,7 +102,7 @@ class LanguageModel(nnx.Module):
         for block in self.blocks:
             x, pair = block(x, scale=scale, temperature=temperature)
             seen.append(pair)
-        return self.head(self.norm(x)), tuple(seen)
+        return by_token(self.head, self.norm(x)), tuple(seen)
 
     def init_state(self, batch: int, max_length: int) -> DecodingState:
         """The state before the first token, with room for `max_length`.
@@ -120,7 +123,7 @@ class LanguageModel(nnx.Module):
         for block, kept in zip(self.blocks, state.layers, strict=True):
             kept, x = block.extend(kept, x, scale=scale, temperature=temperature)
             layers.append(kept)
-        return DecodingState(tuple(layers)), self.head(self.norm(x))
+        return DecodingState(tuple(layers)), by_token(self.head, self.norm(x))
 
     def _embedded(self, tokens, places):
         x = self.embedding(tokens.astype(jnp.int32))
@@ -130,6 +133,12 @@ class LanguageModel(nnx.Module):
             # At the scale of the embedding, which training starts at 0.02.
             x = x + (0.02 * positions.sinusoids(places, self.width)).astype(self.dtype)[None]
         return x
+
+
+@jax.checkpoint
+def _gated(gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    # Computed again in the backward pass, which is cheaper than to pass what it needs through memory.
+    return jax.nn.silu(gate) * up
 
 
 def _linear(model: config.Model, inputs: int, outputs: int, rngs: nnx.Rngs, branches: int = 1) -> nnx.Linear:

@@ -1,6 +1,6 @@
 """A multi-head attention layer for nnx, around any method."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -139,9 +139,9 @@ class MultiHeadAttention(nnx.Module):
         for name, tokens in (("x", x), ("context", context)):
             if tokens.ndim != 3 or tokens.shape[-1] != self.in_features:
                 raise ValueError(f"{name} has shape {tokens.shape}: expected 3 axes, B T D with D = {self.in_features}")
-        query = self.query(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        query = by_token(self.query, x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
         key, value = (
-            project(context).reshape(*context.shape[:2], self.num_kv_heads, self.head_dim)
+            by_token(project, context).reshape(*context.shape[:2], self.num_kv_heads, self.head_dim)
             for project in (self.key, self.value)
         )
         if self.rotary_base is not None:
@@ -214,7 +214,16 @@ class MultiHeadAttention(nnx.Module):
         return Params(trained=_values(self.trained), constants=_values(self.constants))
 
     def _merged(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T O"]:
-        return self.output(heads.reshape(*heads.shape[:2], -1))
+        return by_token(self.output, heads.reshape(*heads.shape[:2], -1))
+
+
+def by_token(function: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
+    """A function of matrices applied to all tokens of a batch as the rows of one matrix.
+
+    The gradient of a linear layer is then one plain product, which XLA computes on a CPU in less than half the time that
+    it takes for operands with a batch.
+    """
+    return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def _check_sizes(D: int, N: int, K: int, H: int | None, rotary_base: float | None) -> None:
