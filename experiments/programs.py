@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments.config import Run
+from experiments.runtime import compiler_options
 from experiments.steps import Levers, TrainState, levers, make_evaluate, make_init, make_step, nonfinite_names
 
 _CACHE_HITS = [0]
@@ -92,9 +93,9 @@ def compiled(traced: Traced) -> Program:
     then the compilation cache has it. `cached` says whether the cache had the step.
     """
     start, hits = time.perf_counter(), _CACHE_HITS[0]
-    step = traced.step.lower().compile()
+    step = traced.step.lower().compile(compiler_options=compiler_options())
     step_seconds, hits = time.perf_counter() - start, _CACHE_HITS[0] - hits
-    init, evaluate = traced.init.lower().compile(), traced.evaluate.lower().compile()
+    init, evaluate = traced.init.lower().compile(), traced.evaluate.lower().compile(compiler_options=compiler_options())
     setup_seconds = traced.seconds + time.perf_counter() - start
     return Program(
         run=traced.run,

@@ -220,8 +220,8 @@ class MultiHeadAttention(nnx.Module):
 def by_token(function: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
     """A function of matrices applied to all tokens of a batch as the rows of one matrix.
 
-    The gradient of a linear layer is then one plain product, which XLA computes on a CPU in less than half the time that
-    it takes for operands with a batch.
+    The gradient of a linear layer is then one plain product, which XLA computes on a CPU in less than half of the time
+    that operands with a batch take.
     """
     return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
