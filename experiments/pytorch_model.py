@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import torch  # ty: ignore[unresolved-import] (a peer to race, never needed)
-from torch import nn  # ty: ignore[unresolved-import]
-from torch.nn import functional  # ty: ignore[unresolved-import]
+import torch  # ty: ignore[import-not-found] (a peer to race, never needed)
+from torch import nn  # ty: ignore[import-not-found]
+from torch.nn import functional  # ty: ignore[import-not-found]
 
 from attention.positions import BASE
 from experiments.config import Run

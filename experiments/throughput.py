@@ -21,7 +21,6 @@ from experiments.programs import Program, compiled, trace
 from experiments.steps import levers
 from experiments.timing import interleaved, spread
 
-
 MODEL = config.Model(layers=4, width=128, heads=4, kv_heads=4, mlp_width=384, context=256)
 
 
