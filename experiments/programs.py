@@ -78,8 +78,8 @@ def trace(run: Run, batch: dict[str, np.ndarray], lanes: int | None) -> Traced:
         run=run,
         lanes=lanes,
         init=traced_init,
-        step=jax.jit(step, donate_argnums=0).trace(state, training, knobs),
-        evaluate=jax.jit(evaluate).trace(state, held_out, knobs),
+        step=jax.jit(step, donate_argnums=0, compiler_options=compiler_options()).trace(state, training, knobs),
+        evaluate=jax.jit(evaluate, compiler_options=compiler_options()).trace(state, held_out, knobs),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) // (lanes or 1),
         suspects=nonfinite_names(run),
         seconds=time.perf_counter() - start,
@@ -93,9 +93,9 @@ def compiled(traced: Traced) -> Program:
     then the compilation cache has it. `cached` says whether the cache had the step.
     """
     start, hits = time.perf_counter(), _CACHE_HITS[0]
-    step = traced.step.lower().compile(compiler_options=compiler_options())
+    step = traced.step.lower().compile()
     step_seconds, hits = time.perf_counter() - start, _CACHE_HITS[0] - hits
-    init, evaluate = traced.init.lower().compile(), traced.evaluate.lower().compile(compiler_options=compiler_options())
+    init, evaluate = traced.init.lower().compile(), traced.evaluate.lower().compile()
     setup_seconds = traced.seconds + time.perf_counter() - start
     return Program(
         run=traced.run,
