@@ -137,8 +137,7 @@ def masks(
     if causal:
         expected = query_lengths == (LONG, LONG) and mask is None
         assert expected, "a causal program has neither lengths of queries nor a dense mask"
-    same = np.zeros((2, LONG), np.int32)
-    segments = same if query_segments is None else query_segments
+    segments = np.zeros((2, LONG), int) if query_segments is None else query_segments
     theirs = segments if key_segments is None else key_segments
     parts = [
         (("lengths",), {"key_value_seq_lengths": np.array(key_lengths)}),
@@ -159,7 +158,7 @@ def limit_cases(method: Method) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     rng = np.random.default_rng(21)
     shown, visible = np.ones((2, 4, 13, 13), bool), rng.random((2, 4, 13, 13)) < 0.6
-    full, flat, one = np.array([13, 13]), np.zeros((1, 4, 13, 13)), np.zeros((2, 13), np.int32)
+    full, flat, one = np.array([13, 13]), np.zeros((1, 4, 13, 13)), np.zeros((2, 13), int)
     bias = rng.standard_normal(flat.shape)
     neutral = {
         "query_seq_lengths": full,
