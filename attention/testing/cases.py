@@ -1,6 +1,7 @@
 """Drawn operands, and jit-compiled doors through which the laws call a method."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,11 @@ from attention.rounding import rounding_bound
 # under 2**-40 of the largest value for the lengths and logits of the laws; any difference in algebra is of order
 # one. The number between leaves room for methods whose rounding is a multiple of softmax's.
 SAME = 2.0**-30
+# Compilation is nearly all that the laws cost. Hence few programs serve them all: 13 tokens or LONG, float64 for what
+# holds in exact arithmetic, PRECISIONS for what does not; laws that differ in numbers or in what is hidden share one.
+LONG = 17  # 13 tokens, and 4 more for what must not exist
 ROOM = 16  # tokens of the caches, which the laws extend by few different numbers of tokens, each a program
+PRECISIONS = ((jnp.float32, True), (jnp.bfloat16, False), (jnp.float16, True))  # dtypes, and whether causal
 
 
 class Case(NamedTuple):
@@ -95,7 +100,8 @@ def run(method: Method, case: Case, form: str = "output", **options):
     Args:
         method: the method.
         case: operands.
-        form: "output", "certified" for (output, certificate), or "residual" for (output, residual).
+        form: "output", "certified" for (output, certificate), "both" for a pair of these, of which XLA compiles once
+            what they share, or "residual" for (output, residual).
         options: of `attention.dot_product_attention`.
     """
     case, traced, static = _told_apart(case, options)
@@ -106,6 +112,84 @@ def run_with_gradients(method: Method, case: Case, cotangent, **options):
     """The output, and the gradients of sum(cotangent * output) to the three operands, from one program under jit."""
     case, traced, static = _told_apart(case, options)
     return _run_with_gradients(case, cotangent, traced, params_for(method, case), method=method, static=static)
+
+
+def attended(method: Method, case: Case, **options):
+    """The output alone, from the program of `run_with_gradients`."""
+    return run_with_gradients(method, case, np.zeros((*case.query.shape[:3], case.value.shape[3])), **options)[0]
+
+
+def masks(
+    method: Method,
+    *,
+    causal: bool = False,
+    query_lengths=(LONG, LONG),
+    key_lengths=(LONG, LONG),
+    query_segments=None,
+    key_segments=None,
+    mask=None,
+) -> dict[str, Any]:
+    """Options that give a method every mask it can take, for B = 2 and T = LONG; what is left out hides nothing.
+
+    All problems of one `causal` share a program. The causal one has no lengths of queries and no dense mask, so that
+    methods are also seen where these are None.
+    """
+    if causal:
+        expected = query_lengths == (LONG, LONG) and mask is None
+        assert expected, "a causal program has neither lengths of queries nor a dense mask"
+    segments = np.zeros((2, LONG), int) if query_segments is None else query_segments
+    theirs = segments if key_segments is None else key_segments
+    parts = [
+        (("lengths",), {"key_value_seq_lengths": np.array(key_lengths)}),
+        (("segments",), {"query_segment_ids": np.array(segments), "key_value_segment_ids": np.array(theirs)}),
+    ]
+    if causal:
+        return possible(method, parts) | {"is_causal": True}
+    parts.append((("lengths",), {"query_seq_lengths": np.array(query_lengths)}))
+    parts.append((("dense_mask",), {"mask": np.ones((2, 1, LONG, LONG), bool) if mask is None else mask}))
+    return possible(method, parts)
+
+
+def limit_cases(method: Method) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and options, for B = 2, T = 13, N = 4, of calls that see every option of a method in two programs.
+
+    In each program every option acts in one call alone, the others being given such that they change nothing, and
+    then all of them together.
+    """
+    rng = np.random.default_rng(21)
+    shown, visible = np.ones((2, 4, 13, 13), bool), rng.random((2, 4, 13, 13)) < 0.6
+    full, flat, one = np.array([13, 13]), np.zeros((1, 4, 13, 13)), np.zeros((2, 13), int)
+    bias = rng.standard_normal(flat.shape)
+    neutral = {
+        "query_seq_lengths": full,
+        "key_value_seq_lengths": full,
+        "mask": shown,
+        "bias": flat,
+        "logits_soft_cap": np.array(1e9),  # the logits, to a relative 1e-18
+        "scale": np.full(4, 0.5),
+    }
+    acting = {
+        "lengths": {"query_seq_lengths": np.array([13, 6]), "key_value_seq_lengths": np.array([5, 12])},
+        "mask": {"mask": visible},
+        "bias": {"bias": bias},
+        "-inf bias": {"bias": np.where(visible[:1], 0.0, -np.inf)},
+        "soft cap": {"logits_soft_cap": np.array(2.0)},
+        "scale a head": {"scale": np.array([0.1, 0.2, 0.5, 1.0])},
+    }
+    acting["all of them"] = {name: x for options in acting.values() for name, x in options.items()}
+    window = possible(method, [(("window",), {"local_window_size": (3, 1)})])
+    for what, options in {"none of them": {}, **acting}.items():
+        yield what, _allowed(method, neutral | options) | window
+    causal = {"is_causal": True} | possible(method, [(("window",), {"local_window_size": (5, 0)})])
+    for what, ids in (("causal", one), ("causal segments", np.sort(rng.integers(3, size=(2, 13))))):
+        if method.capabilities.causal:
+            yield what, causal | possible(method, [(("segments",), {"query_segment_ids": ids})])
+
+
+def _allowed(method: Method, options: dict[str, Any]) -> dict[str, Any]:
+    needs = {"mask": "dense_mask", "bias": "bias", "logits_soft_cap": "soft_cap"}
+    needs |= {name: "lengths" for name in options if name.endswith("lengths")}
+    return possible(method, [((needs[name],) if name in needs else (), {name: x}) for name, x in options.items()])
 
 
 def extend(method: Method, state, tokens: Case, *, temperature: float = 1.0):
@@ -162,6 +246,8 @@ def _rounding(case, traced, *, static):
 
 def call(method: Method, case: Case, params, form: str = "output", **options):
     """As `run`, without jit."""
+    if form == "both":
+        return tuple(call(method, case, params, one, **options) for one in ("output", "certified"))
     if form == "certified":
         return certified_attention(*case, method=method, params=params, **options)
     return dot_product_attention(*case, method=method, params=params, return_residual=form == "residual", **options)

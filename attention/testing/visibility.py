@@ -2,18 +2,19 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attention.cache import KeyValueCache
 from attention.method import Method
-from attention.testing.cases import ROOM, SAME, Case, draw, extend, run, run_with_gradients
+from attention.testing.cases import LONG, ROOM, SAME, Case, attended, draw, extend, masks, run, run_with_gradients
 from attention.testing.law import expect, expect_bitwise, expect_same, law
 
-GARBAGE = (7.0, 1e30, np.inf, np.nan)
+GARBAGE = (7.0, 1e300, np.inf, np.nan)
 
 
-@law("causal")
+@law("causal", float64=True)
 def the_future_does_not_exist(method: Method) -> None:
     now, seen = 6, {}
     case, other = draw(10), draw(11)
@@ -23,8 +24,10 @@ def the_future_does_not_exist(method: Method) -> None:
     changed = {f"x {factor}": Case(*(np.where(later, factor * x, x) for x in case)) for factor in (1, 2, 40, 1e4)}
     changed["other"] = Case(*(np.where(later, b, a) for a, b in zip(case, other, strict=True)))
     for name, future in changed.items():
-        output, grads = run_with_gradients(method, future.astype(jnp.float32), cotangent, is_causal=True)
-        seen[name] = [np.asarray(x)[:, :now] for x in (output, *grads)]
+        output, grads = run_with_gradients(method, future, cotangent, is_causal=True)
+        with jax.enable_x64(False):
+            single, _ = run(method, future.astype(jnp.float32), "both", is_causal=True)
+        seen[name] = [np.asarray(x)[:, :now] for x in (output, *grads, single)]
         expect_bitwise(seen[name], seen["x 1"], f"the prefix or its gradients changed with future tokens ({name})")
 
 
@@ -42,77 +45,89 @@ def the_future_does_not_exist_when_aligned_to_the_end(method: Method) -> None:
         expect_bitwise(after[:, : row + 1], before[:, : row + 1], message)
 
 
+def _ways(method: Method) -> tuple[bool, ...]:
+    """What `is_causal` can be."""
+    return (False, True) if method.capabilities.causal else (False,)
+
+
 def _garbage_changes_nothing(method: Method, case: Case, unused, what: str, **options) -> None:
     """`unused`: for query, key and value, which of `B T` no one sees."""
     cotangent = np.random.default_rng(15).standard_normal((*case.query.shape[:3], case.value.shape[3]))
     results = []
     for garbage in (0.0, *GARBAGE):
         filled = Case(*(np.where(u[:, :, None, None], garbage, x) for x, u in zip(case, unused, strict=True)))
-        output, grads = run_with_gradients(method, filled.astype(jnp.float32), cotangent, **options)
+        output, grads = run_with_gradients(method, filled, cotangent, **options)
         results.append((output, *grads))
         expect_bitwise(results[-1], results[0], f"{what} filled with {garbage} changed an output or a gradient")
+    expect(all(np.isfinite(x).all() for x in results[0]), f"beside {what} an output or a gradient is not finite")
     for grad, u in zip(results[0][1:], unused, strict=True):
         expect(not np.any(np.asarray(grad)[u]), f"{what} has a gradient")
     expect(not np.any(np.asarray(results[0][0])[unused[0]]), f"a query in {what} has an output")
 
 
-@law("lengths")
+@law("lengths", float64=True)
 def padding_does_not_exist(method: Method) -> None:
-    case = draw(14)
-    lengths = np.array([[9, 13], [7, 13]])
-    queries, keys = (np.arange(13)[None] >= n[:, None] for n in lengths)
-    options = {"query_seq_lengths": lengths[0], "key_value_seq_lengths": lengths[1]}
+    case, lengths = draw(14, T=LONG), ((9, LONG), (7, LONG))
+    queries, keys = (np.arange(LONG)[None] >= np.array(n)[:, None] for n in lengths)
+    options = masks(method, query_lengths=lengths[0], key_lengths=lengths[1])
     _garbage_changes_nothing(method, case, (queries, keys, keys), "padding", **options)
     if method.capabilities.causal:
-        _garbage_changes_nothing(method, case, (queries, keys, keys), "causal padding", is_causal=True, **options)
+        options = masks(method, causal=True, key_lengths=lengths[1])
+        _garbage_changes_nothing(method, case, (keys & False, keys, keys), "causal padding", **options)
 
 
 @law("lengths", float64=True)
 def padding_equals_truncation(method: Method) -> None:
-    case, lengths = draw(15), np.array([7, 7])
-    cut = Case(*(x[:, :7] for x in case))
-    for causal in (False, True) if method.capabilities.causal else (False,):
-        padded, short = (
-            run(method, case, key_value_seq_lengths=lengths, is_causal=causal),
-            run(method, cut, is_causal=causal),
-        )
-        expect_same(np.asarray(padded)[:, :7], short, SAME, "a padded sequence differs from a short one")
+    case = draw(15, T=LONG)
+    cut = Case(*(x[:, :13] for x in case))
+    for causal in _ways(method):
+        padded = attended(method, case, **masks(method, causal=causal, key_lengths=(13, 13)))
+        short = _alone(method, cut, causal)
+        expect_same(np.asarray(padded)[:, :13], short, SAME, "a padded sequence differs from a short one")
 
 
-@law("segments")
+def _alone(method: Method, case: Case, causal: bool):
+    """The output where nothing but the future is hidden."""
+    return attended(method, case, is_causal=True) if causal else run(method, case)
+
+
+@law("segments", float64=True)
 def other_segments_room_does_not_exist(method: Method) -> None:
-    ids = np.array([[0] * 4 + [1] * 5 + [2] * 4, [3] * 13])
+    ids = np.array([[0] * 4 + [1] * 5 + [2] * (LONG - 9), [3] * LONG])
     theirs = np.where(ids == 2, -1, ids)  # keys of no query's segment; and queries without a key
     unused = (ids == 2, theirs == -1, theirs == -1)
-    options = {"query_segment_ids": ids, "key_value_segment_ids": theirs}
-    _garbage_changes_nothing(method, draw(16), unused, "an unread segment", **options)
+    for causal in _ways(method):
+        options = masks(method, causal=causal, query_segments=ids, key_segments=theirs)
+        _garbage_changes_nothing(method, draw(16, T=LONG), unused, "an unread segment", **options)
 
 
-@law("dense_mask")
+@law("dense_mask", float64=True)
 def hidden_keys_do_not_exist(method: Method) -> None:
-    mask = np.ones((2, 1, 13, 13), bool)
+    mask = np.ones((2, 1, LONG, LONG), bool)
     mask[0, :, :, 4] = mask[1, :, 6, :] = False
-    keys, queries = np.zeros((2, 2, 13), bool)
+    keys, queries = np.zeros((2, 2, LONG), bool)
     keys[0, 4] = queries[1, 6] = True
-    case = draw(17)
-    _garbage_changes_nothing(method, case, (queries, keys, keys), "a hidden key or an idle query", mask=mask)
+    unused = (queries, keys, keys)
+    options = masks(method, mask=mask)
+    _garbage_changes_nothing(method, draw(17, T=LONG), unused, "a hidden key or an idle query", **options)
 
 
-@law("lengths")
+@law("lengths", float64=True)
 def rows_that_see_nothing_are_zero(method: Method) -> None:
-    case, every = draw(18), np.ones((2, 13), bool)
+    case, every = draw(18, T=LONG), np.ones((2, LONG), bool)
     first = np.array([[True], [False]]) & every
-    options = {"query_seq_lengths": np.array([13, 13]), "key_value_seq_lengths": np.array([0, 13])}
-    _garbage_changes_nothing(method, case, (first, first, first), "a sequence without keys", **options)
-    late = np.arange(13) >= np.array([[5], [13]])
-    options = {"query_seq_lengths": np.array([5, 13]), "key_value_seq_lengths": np.array([13, 13])}
+    for causal in _ways(method):
+        options = masks(method, causal=causal, key_lengths=(0, LONG))
+        _garbage_changes_nothing(method, case, (first, first, first), "a sequence without keys", **options)
+    late = np.arange(LONG) >= np.array([[5], [LONG]])
+    options = masks(method, query_lengths=(5, LONG))
     _garbage_changes_nothing(method, case, (late, ~every, ~every), "queries beyond their length", **options)
 
 
 @law("decoding", float64=True)
 def unused_cache_does_not_exist(method: Method) -> None:
     case, outputs = draw(19), []
-    for garbage in (0.0, *(1e300 if x == 1e30 else x for x in GARBAGE)):
+    for garbage in (0.0, *GARBAGE):
         state = method.init_state(2, 2, 8, ROOM, jnp.float64)
         if not isinstance(state, KeyValueCache):
             return  # no room that waits for tokens
@@ -126,10 +141,15 @@ def unused_cache_does_not_exist(method: Method) -> None:
 
 @law("segments", float64=True)
 def packed_segments_equal_segments_alone(method: Method) -> None:
-    case = draw(20, B=1, T=14)
-    ids = np.repeat([[4, 9]], 7, axis=1)
-    parts = Case(*(x.reshape(2, 7, *x.shape[2:]) for x in case))
-    for causal in (False, True) if method.capabilities.causal else (False,):
-        packed = run(method, case, query_segment_ids=ids, key_value_segment_ids=ids, is_causal=causal)
-        alone = run(method, parts, is_causal=causal)
-        expect_same(np.asarray(packed).reshape(alone.shape), alone, SAME, "a packed segment differs from it alone")
+    case, other, few = draw(20), draw(20, T=LONG), LONG - 13
+    # 13 tokens behind a short segment in the first sequence, before one in the second.
+    places = np.arange(LONG) >= few, np.arange(LONG) < 13
+    packed = Case(*(x.copy() for x in other))
+    for b, place in enumerate(places):
+        for x, tokens in zip(packed, case, strict=True):
+            x[b, place] = tokens[b]
+    for causal in _ways(method):
+        outputs = attended(method, packed, **masks(method, causal=causal, query_segments=np.where(places, 9, 4)))
+        mine = np.stack([np.asarray(outputs)[b, place] for b, place in enumerate(places)])
+        alone = _alone(method, case, causal)
+        expect_same(mine, alone, SAME, "a packed segment differs from it alone")
