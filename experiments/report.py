@@ -56,6 +56,8 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
     )
     environment.filters |= {"number": _number, "short": _short, "signed": _signed, "mebibytes": _mebibytes}
     rows = summary_rows(results, ALLOWANCE)
+    points = [point_row(results, point) for key in results["programs"] for point in points_of(results, key)]
+    is_text = any(not math.isnan(point["bits"]) for point in points)
     return environment.get_template("report.html.jinja").render(
         results=results,
         paragraphs=_paragraphs(results["description"] or ""),
@@ -65,7 +67,10 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
         rows=[row | {"within": _range(row), "bits": row["best"] / math.log(2)} for row in rows],
         figures=[_figure(name, svg) for name, svg in svgs.items()],
         programs=[_program(results, key) for key in results["programs"]],
-        points=[point_row(results, point) for key in results["programs"] for point in points_of(results, key)],
+        points=points,
+        is_text=is_text,
+        unit="byte" if is_text else "token",
+        has_accuracy=any(not math.isnan(point["accuracy"]) for point in points),
         measured=measured(results),
         shown=SHOWN,
         facts=_facts(results),

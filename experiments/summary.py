@@ -94,7 +94,7 @@ def summary_rows(results: Results, allowance: float = 0.05) -> list[dict[str, An
     reference = by_beta(results, exact) if exact else {}
     rows = []
     for key, program in results["programs"].items():
-        losses = by_beta(results, key)
+        losses, shares = by_beta(results, key), by_beta(results, key, "accuracy")
         finite = {beta: loss.mean for beta, loss in losses.items() if not math.isnan(loss.mean)}
         best = min(finite, key=lambda beta: finite[beta]) if finite else math.nan
         worst = max(finite, key=lambda beta: finite[beta]) if finite else math.nan
@@ -103,6 +103,7 @@ def summary_rows(results: Results, allowance: float = 0.05) -> list[dict[str, An
             {
                 "label": program["label"],
                 "best": finite.get(best, math.nan),
+                "accuracy": max((loss.mean for loss in shares.values() if not math.isnan(loss.mean)), default=math.nan),
                 "best_beta": best,
                 "worst": finite.get(worst, math.nan),
                 "worst_beta": worst,
@@ -121,6 +122,7 @@ def point_row(results: Results, point: Point) -> dict[str, Any]:
         "label": results["programs"][point["program"]]["label"],
         "loss": final(point),
         "bits": final(point, "bits_per_byte"),
+        "accuracy": final(point, "accuracy"),
         **{name: final(point, name) for name in SHOWN},
         "milliseconds": 1e3 * point["timings"]["seconds_per_step"],
     }
