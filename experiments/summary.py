@@ -43,6 +43,12 @@ def measured(results: Results) -> list[str]:
     return [name for name in SHOWN if any(not math.isnan(final(point, name)) for point in results["points"])]
 
 
+def unit(results: Results) -> str:
+    """What a loss is counted for: a byte of text, or a token of a task."""
+    text = any("bits_per_byte" in evaluation for point in results["points"] for evaluation in point["evaluations"])
+    return "byte" if text else "token"
+
+
 def spread(numbers: Iterable[float]) -> Spread:
     """Mean, smallest and largest; NaN if any is, since a mean over the seeds that survived would flatter."""
     numbers = list(numbers)
@@ -88,7 +94,7 @@ def summary_rows(results: Results, allowance: float = 0.05) -> list[dict[str, An
 
     Args:
         results: the contents of results.json.
-        allowance: how far above exact attention's loss, in nats a byte, still counts as keeping up.
+        allowance: how far above exact attention's loss, in nats a token, still counts as keeping up.
     """
     exact = next((key for key, program in results["programs"].items() if program["reference"]), None)
     reference = by_beta(results, exact) if exact else {}
