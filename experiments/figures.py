@@ -180,8 +180,8 @@ step."""
         grid[0].plot(steps, [row] * len(steps), linestyle="", marker="|", color=INK, markersize=6)
         grid[1].barh(row, program["timings"]["compile_seconds"], color=colour, alpha=0.85)
         grid[2].barh(row, program["memory"]["temporary_bytes"] / 2**20, color=colour, alpha=0.85)
-    for axes, unit in zip(grid, ("time per step (ms)", "compile time (s)", "temporary memory (MiB)"), strict=True):
-        axes.set_xlabel(unit)
+    for axes, label in zip(grid, ("time per step (ms)", "compile time (s)", "temporary memory (MiB)"), strict=True):
+        axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.25, color="#888888")
     grid[0].set_yticks(range(len(names)), [wrapped(name) for name in names])
     grid[0].invert_yaxis()
