@@ -116,7 +116,7 @@ class Run:
     """How many times longer the sequences are than those that the scale is meant for, by which YaRN multiplies the
     scores. Traced."""
     adaptive: bool = False
-    """Whether evaluations sharpen rows of high entropy (adaptive temperature)."""
+    """Whether evaluations sharpen rows of high entropy (adaptive temperature); generation never does."""
     seed: int = 0
     """Draws the parameters, the batches, and the constants of random methods. Traced."""
     steps: int = 200

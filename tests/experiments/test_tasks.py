@@ -146,8 +146,8 @@ def test_batches_depend_on_seed_and_index_alone(tiny, name):
 def test_a_task_is_learnt_and_its_accuracy_reported(tiny):
     """A copy of one symbol from two places back is a matter of one head; chance is 1/2."""
     run = tiny(
-        steps=150,
-        evaluate_every=75,
+        steps=60,
+        evaluate_every=30,
         model={"context": 2},
         data={"task": "copy", "symbols": 2, "batch": 16},
     )
