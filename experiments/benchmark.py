@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 import attention
-from experiments import memory, race
+from experiments import memory, race, throughput
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment
@@ -116,6 +116,7 @@ Benchmark = (
     | Annotated[Decode, tyro.conf.subcommand("decode")]
     | Annotated[Fused, tyro.conf.subcommand("fused")]
     | Annotated[memory.Memory, tyro.conf.subcommand("memory")]
+    | Annotated[throughput.Throughput, tyro.conf.subcommand("throughput")]
 )
 
 
@@ -156,14 +157,16 @@ def _environment() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
     benchmark = tyro.cli(Benchmark, args=arguments, description=__doc__, prog="python -m experiments.benchmark")
-    if not benchmark.lengths or min(benchmark.lengths) < 1 or getattr(benchmark, "rounds", 1) < 1:
+    lengths = getattr(benchmark, "lengths", (1,))
+    if not lengths or min(lengths) < 1 or getattr(benchmark, "rounds", 1) < 1:
         sys.exit(f"lengths and rounds of {benchmark}: expected numbers of at least 1")
-    if isinstance(benchmark, memory.Memory):
-        results = benchmark.measured()
-        written(benchmark, results, memory.figure(results))
-        Console().print(memory.table(results))
-    else:
+    if isinstance(benchmark, Exact):
         run(benchmark)
+        return
+    kind = memory if isinstance(benchmark, memory.Memory) else throughput
+    results = benchmark.measured()
+    written(benchmark, results, kind.figure(results))
+    Console().print(kind.table(results))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 import attention
 import attention.flax
 from attention import positions
+from attention.flax.parts import by_token
 from experiments import config
 
 
@@ -67,8 +68,10 @@ class Block(nnx.Module):
         return state, self._with_mlp(x + attended)
 
     def _with_mlp(self, x):
-        h = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+        return x + by_token(self._mlp, self.mlp_norm(x))
+
+    def _mlp(self, h):
+        return self.down(_gated(self.gate(h), self.up(h)))
 
 
 class LanguageModel(nnx.Module):
@@ -106,7 +109,7 @@ class LanguageModel(nnx.Module):
         for block in self.blocks:
             x, pair = block(x, **numbers)
             seen.append(pair)
-        return self.head(self.norm(x)), tuple(seen)
+        return by_token(self.head, self.norm(x)), tuple(seen)
 
     def init_state(self, batch: int, max_length: int) -> DecodingState:
         """The state before the first token, with room for `max_length`.
@@ -127,7 +130,7 @@ class LanguageModel(nnx.Module):
         for block, kept in zip(self.blocks, state.layers, strict=True):
             kept, x = block.extend(kept, x, **numbers)
             layers.append(kept)
-        return DecodingState(tuple(layers)), self.head(self.norm(x))
+        return DecodingState(tuple(layers)), by_token(self.head, self.norm(x))
 
     def power_iteration(self) -> None:
         """Brings the singular vectors of sigma-reparametrised projections up to date; after each training step."""
@@ -142,6 +145,12 @@ class LanguageModel(nnx.Module):
             # At the scale of the embedding, which training starts at 0.02.
             x = x + (0.02 * positions.sinusoids(places, self.width)).astype(self.dtype)[None]
         return x
+
+
+@jax.checkpoint
+def _gated(gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    # Computed again in the backward pass, which is cheaper than to pass what it needs through memory.
+    return jax.nn.silu(gate) * up
 
 
 def _linear(model: config.Model, inputs: int, outputs: int, rngs: nnx.Rngs, branches: int = 1) -> nnx.Linear:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments.config import Run
+from experiments.runtime import compiler_options
 from experiments.steps import Levers, TrainState, levers, make_evaluate, make_init, make_step, nonfinite_names
 
 _CACHE_HITS = [0]
@@ -77,8 +78,8 @@ def trace(run: Run, batch: dict[str, np.ndarray], lanes: int | None) -> Traced:
         run=run,
         lanes=lanes,
         init=traced_init,
-        step=jax.jit(step, donate_argnums=0).trace(state, training, knobs),
-        evaluate=jax.jit(evaluate).trace(state, held_out, knobs),
+        step=jax.jit(step, donate_argnums=0, compiler_options=compiler_options()).trace(state, training, knobs),
+        evaluate=jax.jit(evaluate, compiler_options=compiler_options()).trace(state, held_out, knobs),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) // (lanes or 1),
         suspects=nonfinite_names(run),
         seconds=time.perf_counter() - start,

@@ -22,6 +22,15 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def compiler_options() -> dict[str, str]:
+    """What XLA is told about the programs of a run.
+
+    On a CPU, to leave YNNPACK out: products go through Eigen then, and reductions are fused with their neighbours.
+    A step of 4 layers of 128 at 16 x 256 tokens takes 0.8 of the time so.
+    """
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+
+
 def environment() -> dict[str, Any]:
     """Versions, backend and device: what a result depends on besides its configuration."""
     versions = {"python": platform.python_version()}

@@ -26,7 +26,7 @@ from experiments.files import is_disk_full, read_json_lines
 from experiments.folder import RunFolder, open_folder
 from experiments.log import Log, Pending, evaluation_record, told
 from experiments.progress import View
-from experiments.runtime import Interrupted, StopSignals, enable_compilation_cache
+from experiments.runtime import Interrupted, StopSignals, compiler_options, enable_compilation_cache
 from experiments.steps import (
     Levers,
     TrainState,
@@ -88,8 +88,10 @@ class _Programs:
 
     @classmethod
     def of(cls, run: Run) -> "_Programs":
-        step = jax.jit(make_step(run), donate_argnums=0)
-        return cls(jax.jit(make_init(run)), step, jax.jit(make_evaluate(run)), levers(run))
+        options = compiler_options()
+        step = jax.jit(make_step(run), donate_argnums=0, compiler_options=options)
+        evaluate = jax.jit(make_evaluate(run), compiler_options=options)
+        return cls(jax.jit(make_init(run)), step, evaluate, levers(run))
 
     def check(self, batches: grain.DatasetIterator, held_out: list[Any]) -> TrainState:
         """The shapes of the state; traces everything, so that a method refuses before a file is written."""

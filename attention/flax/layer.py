@@ -12,6 +12,7 @@ from attention.exact import Exact
 from attention.flax.parts import (
     Constant,
     SpectralLinear,
+    by_token,
     check_sizes,
     plain,
     rows_scaled,
@@ -161,9 +162,9 @@ class MultiHeadAttention(nnx.Module):
         for name, tokens in (("x", x), ("context", context)):
             if tokens.ndim != 3 or tokens.shape[-1] != self.in_features:
                 raise ValueError(f"{name} has shape {tokens.shape}: expected 3 axes, B T D with D = {self.in_features}")
-        query = self.query(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        query = by_token(self.query, x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
         key, value = (
-            project(context).reshape(*context.shape[:2], self.num_kv_heads, self.head_dim)
+            by_token(project, context).reshape(*context.shape[:2], self.num_kv_heads, self.head_dim)
             for project in (self.key, self.value)
         )
         if self.unit_norm:
@@ -280,7 +281,7 @@ class MultiHeadAttention(nnx.Module):
     def _merged(self, heads: Float[Array, "B T N H"], tokens: Any) -> Float[Array, "B T O"]:
         merged = heads.reshape(*heads.shape[:2], -1)
         if self.gate is None:
-            return self.output(merged)
+            return by_token(self.output, merged)
         if tokens is None:
             raise ValueError("tokens is None: expected the tokens of the queries, since the layer has a gate")
-        return self.output(merged * jax.nn.sigmoid(self.gate(tokens)))
+        return by_token(self.output, merged * jax.nn.sigmoid(by_token(self.gate, tokens)))

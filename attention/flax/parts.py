@@ -1,6 +1,6 @@
 """What a layer is made of beside its method: projections, norms, and the scale of its heads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,15 @@ class SpectralLinear(nnx.Linear):
         kernel = self.kernel[...]
         right = _unit(self.left[...] @ kernel)
         self.right[...], self.left[...] = right, _unit(kernel @ right)
+
+
+def by_token(function: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
+    """A function of matrices applied to all tokens of a batch as the rows of one matrix.
+
+    The gradient of a linear layer is then one plain product, which XLA computes on a CPU in less than half of the time
+    that operands with a batch take.
+    """
+    return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def unit_norm(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:

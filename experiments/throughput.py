@@ -1,0 +1,173 @@
+"""Tokens per second of the trainer, against the same model and step in PyTorch where it is installed."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import attention
+from experiments import config
+from experiments.contestants import Cell, loss_of
+from experiments.metrics import named_leaves
+from experiments.programs import Program, compiled, trace
+from experiments.steps import levers
+from experiments.timing import interleaved, spread
+
+MODEL = config.Model(layers=4, width=128, heads=4, kv_heads=4, mlp_width=384, context=256)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Tokens per second of a training step: this trainer with each method, and PyTorch with its fused attention."""
+
+    methods: tuple[str, ...] = ("Chunked", "Exact", "Fused(implementation='xla')")
+    """Methods of attention."""
+    model: config.Model = MODEL
+    """The model of all contestants."""
+    batch: int = 16
+    """Sequences in a batch."""
+    rounds: int = 15
+    """Turns of each contestant."""
+    seconds: float = 120.0
+    """After which no more turns begin; there are at least 3."""
+    out: Path = Path("runs/benchmark/throughput")
+    """Folder for results.json, throughput.svg and throughput.png."""
+
+    def measured(self) -> list[dict[str, Any]]:
+        """One row a contestant: rates, two losses, compilation, memory, and what attention takes of a step."""
+        tokens = np.random.default_rng(0).integers(0, 256, (self.batch, self.model.context + 1), np.uint8)
+        ours = {repr(run.attention): Ours(run, tokens) for run in map(self._run, self.methods)}
+        theirs = pytorch(self._run(self.methods[0]), next(iter(ours.values())).parameters, tokens)
+        everyone = ours | theirs
+        losses = {name: [one.call(), one.call()] for name, one in everyone.items()}
+        alone = {f"attention of {name}": one.attention for name, one in everyone.items() if one.attention}
+        calls = {name: one.call for name, one in everyone.items()} | alone
+        seconds = interleaved(calls, self.rounds, self.seconds)
+        peer = next(iter(theirs), None)
+        share = attention_share(self.model)
+        return [
+            {
+                "contestant": name,
+                "seconds": spread(seconds[name]),
+                "tokens_per_second": spread(self.batch * self.model.context / np.asarray(seconds[name])),
+                "speed_of_pytorch": spread(np.asarray(seconds[peer]) / np.asarray(seconds[name])) if peer else None,
+                "losses": losses[name],
+                "attention_share_of_operations": share,
+                "attention_share_of_time": _share(seconds, name, self.model.layers),
+                **one.about,
+            }
+            for name, one in everyone.items()
+        ]
+
+    def _run(self, method: str) -> config.Run:
+        return config.Run(
+            attention=attention.parse_method(method), model=self.model, data=config.Data(batch=self.batch)
+        )
+
+
+class Ours:
+    """A training step of this trainer, and the gradient of its attention alone."""
+
+    def __init__(self, run: config.Run, tokens: np.ndarray):
+        start = time.perf_counter()
+        self._batch, self._levers = {"tokens": tokens}, levers(run)
+        program: Program = compiled(trace(run, self._batch, None))
+        self._step, self._state = program.step, program.init(self._levers)
+        self.parameters = {name: np.array(leaf) for name, leaf in named_leaves(self._state.parameters).items()}
+        self.about = program.memory | {"compile_seconds": time.perf_counter() - start}
+        self.attention = attention_alone(run, len(tokens))
+
+    def call(self) -> float:
+        self._state, metrics = self._step(self._state, self._batch, self._levers)
+        return float(metrics["loss"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Theirs:
+    """A step of a peer."""
+
+    call: Callable[[], float]
+    attention: None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def attention_alone(run: config.Run, batch: int) -> Callable[[], Any]:
+    """The gradient of one layer's attention at the shapes of the run."""
+    model = run.model
+    cell = Cell(model.context, True, True, model.heads, model.width // model.heads)
+    *operands, cotangent = (jnp.repeat(jnp.asarray(x), batch, axis=0) for x in cell.operands())
+    attend = functools.partial(attention.dot_product_attention, method=run.attention, is_causal=True)
+    function = jax.jit(loss_of(cell, attend, cotangent))
+    return lambda: jax.block_until_ready(function(*operands))
+
+
+def attention_share(model: config.Model) -> float:
+    """The share of the products with queries, keys and values in the operations that the definition of a step needs."""
+    pairs = model.context * (model.context + 1) / 2
+    scores = model.layers * 2 * pairs * model.width
+    head = model.width // model.heads
+    weights = model.width * (2 * model.width + 2 * model.kv_heads * head + 3 * model.mlp_width)
+    others = model.context * (model.layers * weights + model.width * 256)
+    return 3.5 * scores / (3.5 * scores + 3 * others)
+
+
+def pytorch(run: config.Run, parameters: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, Theirs]:
+    """PyTorch's step from the same parameters, as it is and through torch.compile; nothing where it is missing."""
+    try:
+        from experiments import pytorch_model
+    except ImportError:
+        return {}
+    found = {}
+    for name, compiles in (("PyTorch", False), ("PyTorch, compiled", True)):
+        start = time.perf_counter()
+        step = pytorch_model.make_step(run, parameters, compiled=compiles)
+        found[name] = Theirs(functools.partial(step, tokens), about={"compile_seconds": time.perf_counter() - start})
+    return found
+
+
+def _share(seconds: dict[str, list[float]], name: str, layers: int) -> dict[str, float] | None:
+    alone = seconds.get(f"attention of {name}")
+    return None if alone is None else spread(layers * np.asarray(alone) / np.asarray(seconds[name]))
+
+
+def figure(results: list[dict[str, Any]]) -> Figure:
+    """A bar a contestant, from slow to fast; whiskers span the quartiles."""
+    rows = sorted(results, key=lambda row: row["tokens_per_second"]["median"])
+    drawing = Figure(figsize=(7.0, 0.45 * len(rows) + 1.1), layout="constrained")
+    panel = drawing.subplots()
+    rates = [row["tokens_per_second"] for row in rows]
+    middle = [rate["median"] for rate in rates]
+    spans = [
+        [rate["median"] - rate["lower_quartile"] for rate in rates],
+        [rate["upper_quartile"] - rate["median"] for rate in rates],
+    ]
+    colours = ["#E69F00" if row["contestant"].startswith("PyTorch") else "#0072B2" for row in rows]
+    panel.barh([row["contestant"] for row in rows], middle, xerr=spans, color=colours, capsize=3)
+    panel.set_xlabel("training speed (tokens per second)")
+    panel.spines[["top", "right"]].set_visible(False)
+    return drawing
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """The same numbers for a terminal."""
+    share = results[0]["attention_share_of_operations"]
+    shown = Table("contestant", "tokens / s", "speed of PyTorch", "attention's share of time", "second loss")
+    shown.caption = f"attention's share of the operations: {share:.2f}"
+    for row in results:
+        ratio, part = row["speed_of_pytorch"], row["attention_share_of_time"]
+        shown.add_row(
+            row["contestant"],
+            f"{row['tokens_per_second']['median']:.0f}",
+            "-" if ratio is None else f"{ratio['median']:.2f}",
+            "-" if part is None else f"{part['median']:.2f}",
+            f"{row['losses'][1]:.6f}",
+        )
+    return shown
