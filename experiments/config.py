@@ -117,6 +117,9 @@ class Run:
     scores. Traced."""
     adaptive: bool = False
     """Whether evaluations sharpen rows of high entropy (adaptive temperature); generation never does."""
+    probes: tuple[str, ...] = ()
+    """Methods whose error, and certificate, on the model's own queries, keys and values every evaluation measures,
+    such as `'TopK(k=16)' Performer`."""
     seed: int = 0
     """Draws the parameters, the batches, and the constants of random methods. Traced."""
     steps: int = 200
@@ -199,6 +202,8 @@ def check_run(run: Run) -> None:
     task_of(run)
     _check_optimizer(optimizer, run.steps)
     layer_methods(run)
+    for expression in run.probes:
+        attention.parse_method(expression)
 
 
 _SIZES = ("layers", "width", "heads", "kv_heads", "mlp_width", "context")

@@ -52,7 +52,7 @@ def attention_diagnostics(layers: Sequence[tuple[Any, Any]], *, scale, **numbers
     """`attention.diagnostics` of causal layers as they attend, on an eighth of the batch.
 
     Args:
-        layers: of each what its scores are made of, query `B T N H` and key `B T K H`, and its attention.
+        layers: of each what it attends with, query `B T N H`, key and value `B T K H`, and its attention.
         scale: as in `attention.dot_product_attention`; None for each layer's own.
         numbers: `temperature` and `logits_soft_cap`, as there.
 
@@ -67,13 +67,18 @@ def attention_diagnostics(layers: Sequence[tuple[Any, Any]], *, scale, **numbers
     # Layers of one method are looked at together, so that the program does not grow with their number.
     for method in dict.fromkeys(layer.method for _, layer in layers):
         members = [i for i, (_, layer) in enumerate(layers) if layer.method == method]
-        some = [
-            (*(x[: -(-len(x) // SHARE)] for x in pair), layer.scale[...] if scale is None else scale, layer.params())
-            for pair, layer in (layers[i] for i in members)
-        ]
-        together = jax.vmap(functools.partial(look, method))(*jax.tree.map(lambda *x: jnp.stack(x), *some))
+        some = [(looked_at(layers[i], scale), layers[i][1].params()) for i in members]
+        (query, key, _, own), params = jax.tree.map(lambda *x: jnp.stack(x), *some)
+        together = jax.vmap(functools.partial(look, method))(query, key, own, params)
         found |= {i: jax.tree.map(lambda x, at=at: x[at], together) for at, i in enumerate(members)}
     return jax.tree.map(lambda *x: jnp.stack(x), *(found[i] for i in range(len(layers))))._asdict()
+
+
+def looked_at(layer: tuple[Any, Any], scale) -> tuple[Array, Array, Array, Array]:
+    """Query, key and value of an eighth of the batch, and the scale, or where it is None the layer's own."""
+    attended, module = layer
+    own = jnp.asarray(module.scale[...] if scale is None else scale)
+    return *(x[: -(-len(x) // SHARE)] for x in attended), own
 
 
 def evaluation_fields(loss: float, numbers: Mapping[str, np.ndarray]) -> dict[str, Any]:

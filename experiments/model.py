@@ -14,11 +14,12 @@ from attention.flax.parts import by_token
 from experiments import config
 
 
-class QueryKey(NamedTuple):
-    """What a layer's scores are made of: query `B T N H` and key `B T K H`, with all but scale and temperature."""
+class Attended(NamedTuple):
+    """What a layer attends with: query `B T N H`, key and value `B T K H`, with all but scale and temperature."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
 
 
 class DecodingState(NamedTuple):
@@ -61,7 +62,7 @@ class Block(nnx.Module):
         attended = self.attention.attended(query, key, value, tokens=tokens, is_causal=True, **numbers)
         # Only evaluations use it.
         scored, _ = self.attention.scored(query, key, is_causal=True, **numbers)
-        return self._with_mlp(x + attended), QueryKey(scored, key)
+        return self._with_mlp(x + attended), Attended(scored, key, value)
 
     def extend(self, state, x, **numbers):
         state, attended = self.attention.extend(state, self.attention_norm(x), **numbers)
@@ -103,12 +104,12 @@ class LanguageModel(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"], **numbers: Any) -> Float[Array, "B T V"]:
         return self.observed(tokens, **numbers)[0]
 
-    def observed(self, tokens: Int[Array, "B T"], **numbers: Any) -> tuple[Float[Array, "B T V"], tuple[QueryKey, ...]]:
-        """The logits, and the queries and keys of each layer for whoever looks at its attention."""
+    def observed(self, tokens: Int[Array, "B T"], **numbers: Any) -> tuple[Float[Array, "B T V"], tuple[Attended, ...]]:
+        """The logits, and what each layer attended with, for whoever looks at its attention."""
         x, seen = self._embedded(tokens, jnp.arange(tokens.shape[1])), []
         for block in self.blocks:
-            x, pair = block(x, **numbers)
-            seen.append(pair)
+            x, attended = block(x, **numbers)
+            seen.append(attended)
         return by_token(self.head, self.norm(x)), tuple(seen)
 
     def init_state(self, batch: int, max_length: int) -> DecodingState:

@@ -14,12 +14,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+import attention
 from attention import SCALE_RULES, yarn_factor
 from attention.flax import Constant
 from experiments.config import Run, check_run, layer_methods, starting_scale, vocabulary
 from experiments.metrics import accuracy, attention_diagnostics, cross_entropy, first_nonfinite, suspects
 from experiments.model import LanguageModel
 from experiments.optimizer import descent, unit_schedule
+from experiments.probes import attention_errors
 
 Batch = Any  # {"tokens": integers `B T+1`}, and where not every prediction counts {"counts": booleans `B T`}
 Metrics = dict[str, Array]
@@ -133,10 +135,10 @@ def _make_renew(run: Run) -> Callable[[nnx.State, nnx.State], nnx.State]:
 def make_evaluate(run: Run) -> Callable[[TrainState, Batch, Levers], Metrics]:
     """The function that gives a batch's mean `loss` in nats per token, and the numbers of `attention.Diagnostics`.
 
-    These are layers x heads, of the sequences that `attention_diagnostics` looks at. Where not every prediction counts,
-    the share of those that do and are right is the `accuracy`.
+    These are layers x heads, of the sequences that `attention_diagnostics` looks at, and so are the errors of
+    `run.probes`. Where not every prediction counts, the share of those that do and are right is the `accuracy`.
     """
-    graph = model_graph(run)
+    graph, probes = model_graph(run), [attention.parse_method(expression) for expression in run.probes]
 
     def evaluate(state: TrainState, batch: Batch, levers: Levers) -> Metrics:
         model = nnx.merge(graph, state.parameters, state.constants)
@@ -146,7 +148,8 @@ def make_evaluate(run: Run) -> Callable[[TrainState, Batch, Levers], Metrics]:
         targets, counts = batch["tokens"][:, 1:], batch.get("counts")
         shares = {} if counts is None else {"accuracy": accuracy(logits, targets, counts)}
         loss = cross_entropy(logits, targets, counts)
-        return {"loss": loss, **shares, **attention_diagnostics(layers, **numbers)}
+        errors = attention_errors(layers, probes, **numbers) if probes else {}
+        return {"loss": loss, **shares, **attention_diagnostics(layers, **numbers), **errors}
 
     return evaluate
 
