@@ -20,10 +20,12 @@ from attention.method import (
     make_method,
     parse_method,
 )
+from attention.scale_rules import SCALE_RULES, adaptive_factor, visible_keys, yarn_factor
 from attention.sparse import TopK
 
 __all__ = [
     "METHODS",
+    "SCALE_RULES",
     "AttentionSteps",
     "Capabilities",
     "Certificate",
@@ -37,10 +39,13 @@ __all__ = [
     "Performer",
     "TopK",
     "UnsupportedError",
+    "adaptive_factor",
     "attention_steps",
     "certified_attention",
     "diagnostics",
     "dot_product_attention",
     "make_method",
     "parse_method",
+    "visible_keys",
+    "yarn_factor",
 ]

@@ -1,4 +1,4 @@
-"""From raw scores to logits: the scale rules, beta = scale / temperature, and the soft cap."""
+"""From raw scores to logits: beta = scale / temperature, and the soft cap."""
 
 import numbers
 from collections.abc import Callable
@@ -10,13 +10,6 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from attention.checks import traced_check
-
-# 1 / sqrt(H) keeps the variance of q.k at one while queries and keys are independent (Vaswani et al., arXiv
-# 1706.03762, section 3.2.1); 1 / H keeps its size once they have aligned (Yang et al., arXiv 2203.03466, section 4).
-SCALE_RULES: dict[str, Callable[[int], float]] = {
-    "1/sqrt(H)": lambda H: 1.0 / np.sqrt(H),
-    "1/H": lambda H: 1.0 / H,
-}
 
 
 def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dtype) -> Float[Array, "..."]:
@@ -38,7 +31,7 @@ def inverse_temperature(scale, temperature, *, head_dim: int, num_heads: int, dt
         ValueError: a concrete argument has another shape, a temperature is 0, negative or NaN, a scale is
             not finite, or beta overflows. Traced arguments are checked under `jax.experimental.checkify`.
     """
-    scale = SCALE_RULES["1/sqrt(H)"](head_dim) if scale is None else scale
+    scale = 1.0 / np.sqrt(head_dim) if scale is None else scale
     for name, number in (("scale", scale), ("temperature", temperature)):
         if not isinstance(number, numbers.Real | np.ndarray | Array):
             raise TypeError(f"{name} is {number!r}: expected a number, or an array with one a head")

@@ -12,7 +12,7 @@ from experiments.config import Run, check_name, to_dict
 from experiments.data import validation_batches
 from experiments.display import Display
 from experiments.paths import UNSWEPT
-from experiments.points import Point, by_program, planned, program_id, program_label, to_dict_of
+from experiments.points import Point, by_program, planned, program_id, program_label, shown_part, to_dict_of
 from experiments.population import Progress, train_together
 from experiments.presets import Sweep
 from experiments.programs import Traced, compiled, trace
@@ -121,15 +121,17 @@ def execute(plan: Plan, console: Console) -> Results:
 
 
 def _run_program(plan: Plan, static: Run, points: list[Point], display: Display, signals: StopSignals) -> None:
-    name, label = program_id(static), program_label(static, plan.sweep.axes)
-    display.note(f"compiling {label}")
+    axes, shown = plan.sweep.axes, dict.fromkeys(shown_part(point.run) for point in points)
+    labels = {program_id(part): program_label(part, axes) for part in shown}
+    display.note(f"compiling {', '.join(labels.values())}")
     program = compiled(plan.programs[static])
-    if plan.store.program(name) is None:  # a resumed sweep keeps what the first compilation took
-        plan.store.compiled(name, _program_record(static, label, program))
-    display.note(label)
+    for part, (name, label) in zip(shown, labels.items(), strict=True):
+        if plan.store.program(name) is None:  # a resumed sweep keeps what the first compilation took
+            plan.store.compiled(name, _program_record(part, label, program))
     lanes = program.lanes or 1
     for start in range(0, len(points), lanes):
         together = points[start : start + lanes]
+        display.note(labels[program_id(shown_part(together[0].run))])
         unfinished = [point for point in together if plan.store.finished(point.id) is None]
         if not unfinished:
             continue
@@ -145,10 +147,11 @@ def _run_program(plan: Plan, static: Run, points: list[Point], display: Display,
         outcomes = train_together(program, [point.run for point in filled], observe)
         for point, outcome in zip(filled, outcomes, strict=True):
             if plan.store.finished(point.id) is None:
+                name = program_id(shown_part(point.run))
                 record = _point_record(point, name, outcome)
                 plan.store.finish(record)
                 display.skip(static.steps - max(record["steps"], 0))
-                display.finished(point_row({"programs": {name: {"label": label}}}, record))
+                display.finished(point_row({"programs": {name: {"label": labels[name]}}}, record))
 
 
 def _how_to_go_on(plan: Plan, signum: int) -> str:
@@ -159,14 +162,14 @@ def _how_to_go_on(plan: Plan, signum: int) -> str:
     )
 
 
-def _program_record(static: Run, label: str, program: Any) -> dict[str, Any]:
-    config = {name: value for name, value in to_dict(static).items() if name not in UNSWEPT}
+def _program_record(shown: Run, label: str, program: Any) -> dict[str, Any]:
+    config = {name: value for name, value in to_dict(shown).items() if name not in UNSWEPT}
     return {
         "label": label,
-        "reference": static.attention.capabilities.exact and repr(static.attention) == "Exact()",
+        "reference": shown.attention.capabilities.exact and repr(shown.attention) == "Exact()",
         "config": config,
-        "corpus": describe_corpus(static),
-        "resolved": describe_methods(static),
+        "corpus": describe_corpus(shown),
+        "resolved": describe_methods(shown),
         "lanes": program.lanes,
         "parameters": int(program.parameters),
         "timings": program.timings,
@@ -177,14 +180,14 @@ def _program_record(static: Run, label: str, program: Any) -> dict[str, Any]:
 
 def _point_record(point: Point, program: str, outcome: dict[str, Any]) -> dict[str, Any]:
     knobs = levers(point.run)
-    scale, temperature = np.float32(knobs.scale), np.float32(knobs.temperature)
+    scale, temperature = np.float32(knobs.scale), np.float32(point.run.temperature)
     return {
         "id": point.id,
         "program": program,
         "axes": to_dict_of(point.axes),
         "scale": float(scale),
         "temperature": float(temperature),
-        "beta": float(scale / temperature),  # in float32, as attention divides them
+        "beta": float(scale / np.float32(knobs.temperature)),  # in float32, as attention divides them
         "learning_rate": point.run.optimizer.learning_rate,
         "seed": point.run.seed,
         **outcome,

@@ -62,22 +62,32 @@ class Checkpoints:
             batches: an iterator over the same data.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return self._read(step, like, batches)
-            except Exception as error:  # whatever a damaged file makes a reader raise
-                reason = (str(error).splitlines() or [""])[0][:200]
-                self._tell(f"checkpoint {step} in {self._path} cannot be read ({type(error).__name__}: {reason})")
-                self._manager.delete(step)
+            state = self._tried(step, like, batches)
+            if state is not None:
+                return state
+            self._manager.delete(step)
         return None
 
-    def _read(self, step: int, like: Any, batches: grain.DatasetIterator) -> Any:
+    def read(self, like: Any) -> Any | None:
+        """The newest state that can be read; None if there is none. One that is damaged is named, and left there."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        states = (self._tried(step, like, None) for step in steps)
+        return next((state for state in states if state is not None), None)
+
+    def _tried(self, step: int, like: Any, batches: grain.DatasetIterator | None) -> Any | None:
+        try:
+            return self._read(step, like, batches)
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            reason = (str(error).splitlines() or [""])[0][:200]
+            self._tell(f"checkpoint {step} in {self._path} cannot be read ({type(error).__name__}: {reason})")
+            return None
+
+    def _read(self, step: int, like: Any, batches: grain.DatasetIterator | None) -> Any:
         shapes = jax.eval_shape(_arrays, like)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes),
-            data=grain.checkpoint.CheckpointRestore(batches),
-            digest=ocp.args.JsonRestore(),
-        )
-        read = self._manager.restore(step, args=args)
+        parts = {"state": ocp.args.StandardRestore(shapes), "digest": ocp.args.JsonRestore()}
+        if batches is not None:
+            parts["data"] = grain.checkpoint.CheckpointRestore(batches)
+        read = self._manager.restore(step, args=ocp.args.Composite(**parts))
         if _digest(read["state"]) != read["digest"]["sha256"]:
             raise ValueError("its arrays are not those that were saved")
         leaves = [_as_was(read["state"][name], leaf) for name, leaf in named_leaves(like).items()]

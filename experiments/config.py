@@ -10,11 +10,16 @@ import tyro
 
 import attention
 from attention.method import METHODS
+from attention.scale_rules import initial_scale
+from experiments.tasks import TASKS, Task
 
 # Every registered method, a stranger's too, is a choice on the command line, by its registered name.
 AnyMethod = Union[  # noqa: UP007 (built at run time)
     tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in METHODS.items())  # ty: ignore[invalid-type-form]
 ]
+AnyScaleRule = Literal[tuple(attention.SCALE_RULES)]  # ty: ignore[invalid-type-form]
+TEXT = "text"
+AnyTask = Literal[(TEXT, *TASKS)]  # ty: ignore[invalid-type-form]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,20 +42,34 @@ class Model:
     """How a token knows where it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters and the loss stay in float32."""
+    scale_rule: AnyScaleRule = "1/sqrt(H)"
+    """What the scale is where the run gives none; `learned`, `qk-norm` and `ssmax` train one scale a head."""
+    spectral: bool = False
+    """Whether attention's projections are sigma-reparametrised."""
+    gated: bool = False
+    """Whether the outputs of heads are gated by the tokens that ask."""
     layer_methods: tuple[str, ...] = ()
     """One method a layer, such as `Exact 'TopK(k=16)'`; empty for the run's `attention` in all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the text comes from."""
+    """What the model is trained on."""
 
+    task: AnyTask = TEXT
+    """`text`, or a task whose sequences are drawn on the fly."""
     source: str = "stdlib"
     """`stdlib`, the Python standard library's own source files; or the path of a text file or a folder of them."""
     batch: int = 8
     """Sequences in a batch."""
     validation_share: float = 0.05
     """Share of the text held out for evaluation."""
+    symbols: int = 64
+    """Different symbols in the sequences of `mqar`, `copy` and `induction`."""
+    pairs: int = 8
+    """Key-value pairs in a sequence of `mqar`."""
+    depth: int = 3
+    """Operators inside each other in an expression of `listops`, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +105,21 @@ class Run:
     attention: AnyMethod = dataclasses.field(default_factory=attention.Exact)  # ty: ignore[invalid-type-form]
     """The attention method of every layer."""
     scale: float | None = None
-    """Multiplies the scores; 1 / sqrt(head size) if not given. Traced."""
+    """Multiplies the scores, or where a learned scale starts; that of `model.scale_rule` if not given. Traced."""
     temperature: float = 1.0
     """Divides the scores. Traced."""
+    evaluate_temperature: float | None = None
+    """Divides the scores in evaluations; `temperature` if not given. Traced."""
+    soft_cap: float | None = None
+    """Scaled scores l become cap * tanh(l / cap). Traced."""
+    stretch: float = 1.0
+    """How many times longer the sequences are than those that the scale is meant for, by which YaRN multiplies the
+    scores. Traced."""
+    adaptive: bool = False
+    """Whether evaluations sharpen rows of high entropy (adaptive temperature); generation never does."""
+    probes: tuple[str, ...] = ()
+    """Methods whose error, and certificate, on the model's own queries, keys and values every evaluation measures,
+    such as `'TopK(k=16)' Performer`."""
     seed: int = 0
     """Draws the parameters, the batches, and the constants of random methods. Traced."""
     steps: int = 200
@@ -118,6 +149,31 @@ def layer_methods(run: Run) -> tuple[attention.Method, ...]:
     return tuple(attention.parse_method(expression) for expression in expressions)
 
 
+def task_of(run: Run) -> Task | None:
+    """The task of a run; None for text.
+
+    Raises:
+        ValueError: there are no such sequences.
+    """
+    data = run.data
+    if data.task == TEXT:
+        return None
+    return TASKS[data.task](context=run.model.context, symbols=data.symbols, pairs=data.pairs, depth=data.depth)
+
+
+def vocabulary(run: Run) -> int:
+    """How many different tokens a run's model knows: 256 bytes, or those of its task."""
+    task = task_of(run)
+    return 256 if task is None else task.vocabulary
+
+
+def starting_scale(run: Run) -> float:
+    """The scale of a run, or where its learned scales start."""
+    if run.scale is not None:
+        return run.scale
+    return initial_scale(run.model.scale_rule, run.model.width // run.model.heads, run.model.context)
+
+
 def check_run(run: Run) -> None:
     """Raises ValueError for the first field that no run can have, naming it, its value and what was expected."""
     model, data, optimizer = run.model, run.data, run.optimizer
@@ -138,8 +194,16 @@ def check_run(run: Run) -> None:
     _expect(0 <= run.seed < 2**32, "seed", run.seed, "an integer from 0 to 2**32 - 1")
     _expect(run.temperature > 0, "temperature", run.temperature, "a number greater than 0")
     _expect(run.scale is None or math.isfinite(run.scale), "scale", run.scale, "a finite number")
+    later, cap = run.evaluate_temperature, run.soft_cap
+    _expect(later is None or later > 0, "evaluate_temperature", later, "a number greater than 0")
+    _expect(cap is None or 0 < cap < math.inf, "soft_cap", cap, "a finite number greater than 0")
+    attention.yarn_factor(run.stretch)
+    starting_scale(run)
+    task_of(run)
     _check_optimizer(optimizer, run.steps)
     layer_methods(run)
+    for expression in run.probes:
+        attention.parse_method(expression)
 
 
 _SIZES = ("layers", "width", "heads", "kv_heads", "mlp_width", "context")

@@ -1,8 +1,9 @@
-"""Text as bytes: the corpus and its hash, the split, and batches through grain.
+"""Batches through grain: of text as bytes, with its corpus, hash and split, or of a task.
 
 The last `validation_share` of the bytes, one contiguous tail, is held out; training reads only what is before
 it. A training sequence is one of the non-overlapping windows of `context` + 1 bytes, neighbours sharing the
-byte that one predicts and the next starts from.
+byte that one predicts and the next starts from. Batches of a task are drawn from their seed and index alone; those
+of evaluations from a seed that no run can have.
 """
 
 import functools
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from experiments.config import Run
+from experiments.config import Run, task_of
+from experiments.tasks import Task
 
 STDLIB = "stdlib"
 # What is not the library's own source, or differs between two machines with the same Python.
@@ -133,8 +135,35 @@ class _Windows:
         return f"Windows({len(self)} of {self.context})"
 
 
+HELD_OUT = 2**32
+"""The seed of a task's evaluations; those of runs are smaller."""
+
+
+class _Drawn:
+    """Batch i of a task: what the generator of (seed, i) draws."""
+
+    def __init__(self, task: Task, seed: int, batch: int):
+        self.task, self.seed, self.batch = task, seed, batch
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def __getitem__(self, index) -> dict[str, np.ndarray]:
+        examples = self.task.draw(np.random.default_rng([self.seed, int(index)]), self.batch)
+        return examples._asdict()
+
+    def __repr__(self) -> str:
+        return f"Drawn({self.task}, seed={self.seed}, batch={self.batch})"
+
+
 def training_dataset(run: Run) -> grain.MapDataset:
-    """Batch i of a run, {"tokens": uint8 `B T+1`}: endless, shuffled by `run.seed` anew in each epoch."""
+    """Batch i of a run: endless, of text shuffled by `run.seed` anew in each epoch, or drawn from it.
+
+    {"tokens": uint8 `B T+1`} for text; for a task {"tokens": uint16 `B T+1`, "counts": bool `B T`}.
+    """
+    task = task_of(run)
+    if task is not None:
+        return grain.MapDataset.source(_Drawn(task, run.seed, run.data.batch))
     windows = grain.MapDataset.source(_Windows(splits(run).training, run.model.context))
     return windows.seed(run.seed).shuffle().repeat().batch(run.data.batch)
 
@@ -146,10 +175,14 @@ def training_batches(run: Run) -> grain.DatasetIterator:
 
 
 def validation_batches(run: Run) -> list[dict[str, np.ndarray]]:
-    """`evaluate_batches` batches of windows spread evenly over the held-out bytes; the same for every seed.
+    """`evaluate_batches` batches of windows spread evenly over the held-out bytes, or of a task; equal for all seeds.
 
     Windows overlap where the held-out text is shorter than all of them together.
     """
+    task = task_of(run)
+    if task is not None:
+        drawn = _Drawn(task, HELD_OUT, run.data.batch)
+        return [drawn[i] for i in range(run.evaluate_batches)]
     held_out, window = splits(run).validation, run.model.context + 1
     count = run.evaluate_batches * run.data.batch
     starts = np.linspace(0, len(held_out) - window, count).astype(int)

@@ -9,7 +9,21 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-_COLUMNS = ("method", "scale", "temperature", "other axes", "loss", "bits/byte", "entropy", "logit", "first", "ms/step")
+_COLUMNS = (
+    "method",
+    "scale",
+    "temperature",
+    "other axes",
+    "loss",
+    "bits/byte",
+    "accuracy",
+    "entropy",
+    "logit",
+    "first",
+    "ms/step",
+)
+
+_OPTIONAL = ("other axes", "bits/byte", "accuracy")
 
 
 class Display:
@@ -78,7 +92,8 @@ class Display:
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """The cells of a row of the table."""
     attention = (f"{row['entropy']:.3f}", f"{row['largest_logit']:.3g}", f"{row['sink_mass']:.3f}")
-    numbers = (f"{row['loss']:.4f}", f"{row['bits']:.4f}", *attention, f"{row['milliseconds']:.1f}")
+    success = ("" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in ("bits", "accuracy"))
+    numbers = (f"{row['loss']:.4f}", *success, *attention, f"{row['milliseconds']:.1f}")
     if row["diverged_at"] is not None:
         numbers = (f"diverged at step {row['diverged_at']}", *("",) * (len(numbers) - 2), numbers[-1])
     other = ", ".join(
@@ -90,8 +105,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table(rows: list[tuple[str, ...]]) -> Table:
-    """The rows as a table, without the column of other axes where there are none."""
-    shown = [i for i, name in enumerate(_COLUMNS) if name != "other axes" or any(row[i] for row in rows)]
+    """The rows as a table, without the columns that no row fills."""
+    shown = [i for i, name in enumerate(_COLUMNS) if name not in _OPTIONAL or any(row[i] for row in rows)]
     made = Table()
     for i in shown:
         made.add_column(_COLUMNS[i], justify="left" if i in (0, 3) else "right", overflow="fold")

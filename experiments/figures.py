@@ -15,11 +15,11 @@ from matplotlib.ticker import FuncFormatter
 
 from experiments.drawing import COLUMNS, INK, beta_axis, beta_colours, level, look, panels, power, wrapped
 from experiments.metrics import SHOWN
-from experiments.summary import Results, by_beta, cells, final, grouped, labels, measured, points_of
+from experiments.summary import Results, by_beta, cells, final, grouped, labels, measured, points_of, unit
 
 
 def loss_over_scale_and_temperature(results: Results) -> Figure:
-    """Validation loss (nats a byte) after the last step: scale down, temperature across, one panel a method. \
+    """Validation loss (nats a token) after the last step: scale down, temperature across, one panel a method. \
 Cells on a rising diagonal share beta = scale / temperature."""
     found = {key: cells(results, key) for key in labels(results)}
     losses = [loss.mean for grid in found.values() for loss in grid.values() if not math.isnan(loss.mean)] or [0.0]
@@ -29,7 +29,7 @@ Cells on a rising diagonal share beta = scale / temperature."""
         _heat_map(axes, losses_of, colours)
         axes.set_title(wrapped(labels(results)[key]))
         axes.set_ylabel("" if index % COLUMNS else "scale")
-    figure.colorbar(colours, ax=grid, label="validation loss (nats / byte)", shrink=0.85)
+    figure.colorbar(colours, ax=grid, label=f"validation loss (nats / {unit(results)})", shrink=0.85)
     return figure
 
 
@@ -80,7 +80,7 @@ knows of either. Bars span the seeds."""
         bars[0].set(markersize=size, linewidth=size / 4)
         betas += shown
     beta_axis(axes, betas)
-    axes.set_ylabel("validation loss (nats / byte)")
+    axes.set_ylabel(f"validation loss (nats / {unit(results)})")
     axes.legend()
     return figure
 
@@ -102,7 +102,7 @@ what a model that ignores the context reaches. The untrained model's loss is abo
         axes.set_title(wrapped(label))
         axes.set_xlabel("step")
         axes.grid(alpha=0.25, color="#888888")
-    grid[0].set_ylabel("validation loss (nats / byte)")
+    grid[0].set_ylabel(f"validation loss (nats / {unit(results)})")
     grid[0].set_ylim(top=_top_of_curves(results))
     ticks = FuncFormatter(lambda exponent, _: power(2.0**exponent))
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, shrink=0.85, format=ticks)
@@ -180,8 +180,8 @@ step."""
         grid[0].plot(steps, [row] * len(steps), linestyle="", marker="|", color=INK, markersize=6)
         grid[1].barh(row, program["timings"]["compile_seconds"], color=colour, alpha=0.85)
         grid[2].barh(row, program["memory"]["temporary_bytes"] / 2**20, color=colour, alpha=0.85)
-    for axes, unit in zip(grid, ("time per step (ms)", "compile time (s)", "temporary memory (MiB)"), strict=True):
-        axes.set_xlabel(unit)
+    for axes, label in zip(grid, ("time per step (ms)", "compile time (s)", "temporary memory (MiB)"), strict=True):
+        axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.25, color="#888888")
     grid[0].set_yticks(range(len(names)), [wrapped(name) for name in names])
     grid[0].invert_yaxis()

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Run, check_name, to_dict
-from experiments.data import corpus
 from experiments.files import remove_folder, write_json
-from experiments.provenance import describe_methods
+from experiments.provenance import describe_corpus, describe_methods
 from experiments.runtime import environment
 
 
@@ -57,8 +56,8 @@ class RunFolder:
 
 def describe(run: Run) -> dict[str, Any]:
     """A run's configuration, the hash of its text, what it runs on, and what its methods resolve to there."""
-    text = corpus(run.data.source)
-    identity = {"hash": text.hash, "bytes": int(text.tokens.size), "files": text.files}
+    about = describe_corpus(run)
+    identity = {name: about[name] for name in ("hash", "bytes", "files") if name in about}
     return {"config": to_dict(run), "corpus": identity, "resolved": describe_methods(run), **environment()}
 
 

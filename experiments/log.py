@@ -12,7 +12,7 @@ from tensorboardX.summary import scalar
 
 from experiments.files import append_json_lines, cut_json_lines
 from experiments.folder import RunFolder
-from experiments.metrics import bits_per_byte, compact
+from experiments.metrics import evaluation_fields
 
 Record = dict[str, Any]
 STEP_METRICS = ("loss", "grad_norm", "learning_rate")
@@ -114,9 +114,11 @@ def evaluation_record(step: int, evaluations: list[dict[str, jax.Array]]) -> Rec
         if not np.all(np.isfinite(value)):
             raise NonFiniteError(f"step {step}: {_NAMES.get(name, name)} is not finite")
     loss = float(means.pop("loss"))
-    return {
-        "step": step,
-        "validation_loss": loss,
-        "bits_per_byte": bits_per_byte(loss),
-        **{name: [[compact(head) for head in layer] for layer in value.tolist()] for name, value in means.items()},
-    }
+    return {"step": step, "validation_loss": loss, **evaluation_fields(loss, means)}
+
+
+def told(record: Record) -> str:
+    """What a record of an evaluation, or a result, says of the model: its bits a byte, or its accuracy."""
+    if "accuracy" in record:
+        return f"accuracy {record['accuracy']:.4f}"
+    return f"{record['bits_per_byte']:.4f} bits per byte"

@@ -3,21 +3,29 @@
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import attention
 
 
-def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean loss in nats per byte."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets.astype(jnp.int32)).mean()
+def cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counts: Bool[Array, "B T"] | None = None
+) -> Float[Array, ""]:
+    """Mean loss in nats per token, over all of them or those that count."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets.astype(jnp.int32))
+    return losses.mean() if counts is None else jnp.where(counts, losses, 0).sum() / counts.sum()
+
+
+def accuracy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counts: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """The share of the tokens that count whose logit is the largest."""
+    return (counts & (logits.argmax(-1) == targets)).sum() / counts.sum()
 
 
 def bits_per_byte(nats: float) -> float:
@@ -40,29 +48,45 @@ SHOWN: dict[str, tuple[str, Callable[[list[float]], float]]] = {
 """The numbers of `attention.Diagnostics`: what each is called, and what stands for all heads together."""
 
 
-def attention_diagnostics(layers: Sequence[tuple[Any, Any, Any, Any]], *, scale, temperature) -> dict[str, Array]:
-    """`attention.diagnostics` of causal layers at the run's scale and temperature, on an eighth of the batch.
+def attention_diagnostics(layers: Sequence[tuple[Any, Any]], *, scale, **numbers: Any) -> dict[str, Array]:
+    """`attention.diagnostics` of causal layers as they attend, on an eighth of the batch.
 
     Args:
-        layers: query `B T N H`, key `B T K H`, method and parameters of each.
-        scale, temperature: as in `attention.dot_product_attention`.
+        layers: of each what it attends with, query `B T N H`, key and value `B T K H`, and its attention.
+        scale: as in `attention.dot_product_attention`; None for each layer's own.
+        numbers: `temperature` and `logits_soft_cap`, as there.
 
     Returns:
         The numbers by name, layers x heads.
     """
 
-    def look(method, query, key, params):
-        numbers = {"scale": scale, "temperature": temperature, "is_causal": True}
-        return attention.diagnostics(query, key, method=method, params=params, **numbers)
+    def look(method, query, key, scale, params):
+        return attention.diagnostics(query, key, method=method, params=params, scale=scale, is_causal=True, **numbers)
 
     found: dict[int, attention.Diagnostics] = {}
     # Layers of one method are looked at together, so that the program does not grow with their number.
-    for method in dict.fromkeys(method for _, _, method, _ in layers):
-        members = [i for i, layer in enumerate(layers) if layer[2] == method]
-        some = [(q[: -(-len(q) // SHARE)], k[: -(-len(k) // SHARE)], p) for q, k, _, p in (layers[i] for i in members)]
-        together = jax.vmap(functools.partial(look, method))(*jax.tree.map(lambda *x: jnp.stack(x), *some))
+    for method in dict.fromkeys(layer.method for _, layer in layers):
+        members = [i for i, (_, layer) in enumerate(layers) if layer.method == method]
+        some = [(looked_at(layers[i], scale), layers[i][1].params()) for i in members]
+        (query, key, _, own), params = jax.tree.map(lambda *x: jnp.stack(x), *some)
+        together = jax.vmap(functools.partial(look, method))(query, key, own, params)
         found |= {i: jax.tree.map(lambda x, at=at: x[at], together) for at, i in enumerate(members)}
     return jax.tree.map(lambda *x: jnp.stack(x), *(found[i] for i in range(len(layers))))._asdict()
+
+
+def looked_at(layer: tuple[Any, Any], scale) -> tuple[Array, Array, Array, Array]:
+    """Query, key and value of an eighth of the batch, and the scale, or where it is None the layer's own."""
+    attended, module = layer
+    own = jnp.asarray(module.scale[...] if scale is None else scale)
+    return *(x[: -(-len(x) // SHARE)] for x in attended), own
+
+
+def evaluation_fields(loss: float, numbers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What an evaluation records beside its loss: layers x heads as lists, `accuracy`, or bits for the loss of text."""
+    fields: dict[str, Any] = {} if "accuracy" in numbers else {"bits_per_byte": bits_per_byte(loss)}
+    for name, x in numbers.items():
+        fields[name] = [[compact(head) for head in layer] for layer in x.tolist()] if x.ndim else float(x)
+    return fields
 
 
 def compact(number: float) -> float | None:

@@ -1,6 +1,6 @@
-"""A decoder-only language model over bytes, with an attention method in every layer."""
+"""A decoder-only language model over bytes or other tokens, with an attention method in every layer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,16 @@ from jaxtyping import Array, Float, Int
 import attention
 import attention.flax
 from attention import positions
-from attention.flax.layer import by_token
+from attention.flax.parts import by_token
 from experiments import config
 
-VOCABULARY = 256  # bytes
 
-
-class QueryKey(NamedTuple):
-    """What a layer's scores are made of: query `B T N H` and key `B T K H`, positions included."""
+class Attended(NamedTuple):
+    """What a layer attends with: query `B T N H`, key and value `B T K H`, with all but scale and temperature."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
 
 
 class DecodingState(NamedTuple):
@@ -43,6 +42,10 @@ class Block(nnx.Module):
             model.heads,
             method=method,
             num_kv_heads=model.kv_heads,
+            scale=model.scale_rule,
+            training_length=model.context,
+            spectral=model.spectral,
+            gated=model.gated,
             rotary_base=positions.BASE if model.positions == "rotary" else None,
             dtype=jnp.dtype(model.dtype),
             kernel_init=_kernel_init(),
@@ -53,13 +56,16 @@ class Block(nnx.Module):
         self.up = _linear(model, model.width, model.mlp_width, rngs)
         self.down = _linear(model, model.mlp_width, model.width, rngs, branches=2 * model.layers)
 
-    def __call__(self, x, **levers):
-        query, key, value = self.attention.projected(self.attention_norm(x))
-        attended = self.attention.attended(query, key, value, is_causal=True, **levers)
-        return self._with_mlp(x + attended), QueryKey(query, key)
+    def __call__(self, x, **numbers):
+        tokens = self.attention_norm(x)
+        query, key, value = self.attention.projected(tokens)
+        attended = self.attention.attended(query, key, value, tokens=tokens, is_causal=True, **numbers)
+        # Only evaluations use it.
+        scored, _ = self.attention.scored(query, key, is_causal=True, **numbers)
+        return self._with_mlp(x + attended), Attended(scored, key, value)
 
-    def extend(self, state, x, **levers):
-        state, attended = self.attention.extend(state, self.attention_norm(x), **levers)
+    def extend(self, state, x, **numbers):
+        state, attended = self.attention.extend(state, self.attention_norm(x), **numbers)
         return state, self._with_mlp(x + attended)
 
     def _with_mlp(self, x):
@@ -70,38 +76,40 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Logits of the next byte at every position.
+    """Logits of the next token at every position.
+
+    Its calls take what `attention.flax.MultiHeadAttention.scored` takes: `scale` (None for the layers' own),
+    `temperature`, `logits_soft_cap`, `adaptive`.
 
     Activations are in `model.dtype`; parameters, softmax statistics, and logits are in float32.
 
     Args:
         model: the sizes.
         methods: the attention method of each layer.
+        vocabulary: V, how many different tokens there are.
         rngs: draws the parameters, and the constants of random methods.
     """
 
-    def __init__(self, model: config.Model, methods: tuple[attention.Method, ...], rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, methods: tuple[attention.Method, ...], vocabulary: int, rngs: nnx.Rngs):
         self.context, self.positions, self.dtype = model.context, model.positions, jnp.dtype(model.dtype)
         self.width = model.width
         normal = nnx.initializers.normal(stddev=0.02)
-        self.embedding = nnx.Embed(VOCABULARY, model.width, embedding_init=normal, dtype=self.dtype, rngs=rngs)
+        self.embedding = nnx.Embed(vocabulary, model.width, embedding_init=normal, dtype=self.dtype, rngs=rngs)
         if model.positions == "learned":
             self.position = nnx.Embed(model.context, model.width, embedding_init=normal, dtype=self.dtype, rngs=rngs)
         self.blocks = nnx.List([Block(model, method, rngs) for method in methods])
         self.norm = nnx.RMSNorm(model.width, dtype=jnp.float32, rngs=rngs)
-        self.head = nnx.Linear(model.width, VOCABULARY, use_bias=False, kernel_init=normal, rngs=rngs)
+        self.head = nnx.Linear(model.width, vocabulary, use_bias=False, kernel_init=normal, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "B T"], *, scale, temperature) -> Float[Array, "B T V"]:
-        return self.observed(tokens, scale=scale, temperature=temperature)[0]
+    def __call__(self, tokens: Int[Array, "B T"], **numbers: Any) -> Float[Array, "B T V"]:
+        return self.observed(tokens, **numbers)[0]
 
-    def observed(
-        self, tokens: Int[Array, "B T"], *, scale, temperature
-    ) -> tuple[Float[Array, "B T V"], tuple[QueryKey, ...]]:
-        """The logits, and the queries and keys of each layer for whoever looks at its attention."""
+    def observed(self, tokens: Int[Array, "B T"], **numbers: Any) -> tuple[Float[Array, "B T V"], tuple[Attended, ...]]:
+        """The logits, and what each layer attended with, for whoever looks at its attention."""
         x, seen = self._embedded(tokens, jnp.arange(tokens.shape[1])), []
         for block in self.blocks:
-            x, pair = block(x, scale=scale, temperature=temperature)
-            seen.append(pair)
+            x, attended = block(x, **numbers)
+            seen.append(attended)
         return by_token(self.head, self.norm(x)), tuple(seen)
 
     def init_state(self, batch: int, max_length: int) -> DecodingState:
@@ -116,14 +124,19 @@ class LanguageModel(nnx.Module):
         return DecodingState(tuple(block.attention.init_state(batch, max_length) for block in self.blocks))
 
     def extend(
-        self, state: DecodingState, tokens: Int[Array, "B T"], *, scale, temperature
+        self, state: DecodingState, tokens: Int[Array, "B T"], **numbers: Any
     ) -> tuple[DecodingState, Float[Array, "B T V"]]:
         """Reads T >= 1 more tokens; any split of a sequence into calls gives the logits of the whole."""
         x, layers = self._embedded(tokens, state.length + jnp.arange(tokens.shape[1])), []
         for block, kept in zip(self.blocks, state.layers, strict=True):
-            kept, x = block.extend(kept, x, scale=scale, temperature=temperature)
+            kept, x = block.extend(kept, x, **numbers)
             layers.append(kept)
         return DecodingState(tuple(layers)), by_token(self.head, self.norm(x))
+
+    def power_iteration(self) -> None:
+        """Brings the singular vectors of sigma-reparametrised projections up to date; after each training step."""
+        for block in self.blocks:
+            block.attention.power_iteration()
 
     def _embedded(self, tokens, places):
         x = self.embedding(tokens.astype(jnp.int32))

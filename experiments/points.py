@@ -12,7 +12,9 @@ from experiments.axes import Axes
 from experiments.config import Run, check_run, to_dict
 from experiments.paths import UNSWEPT, look_up, replaced
 
-TRACED = ("scale", "temperature", "optimizer.learning_rate", "seed")
+COLUMNS = ("scale", "temperature", "optimizer.learning_rate", "seed")
+"""Traced axes by which tables and figures tell the points of one program apart."""
+TRACED = (*COLUMNS, "evaluate_temperature", "soft_cap", "stretch")
 """Axes whose values a compiled step takes as arguments: they never cost another compilation."""
 
 
@@ -53,16 +55,16 @@ def by_program(points: list[Point]) -> dict[Run, list[Point]]:
     return groups
 
 
-def program_id(static: Run) -> str:
+def program_id(shown: Run) -> str:
     """A name for a program: its method, and a hash of everything that it depends on."""
-    return point_id(static, {"attention": static.attention})
+    return point_id(shown, {"attention": shown.attention})
 
 
-def program_label(static: Run, axes: Axes) -> str:
-    """The method, without the fields that have their defaults, and the values of the other static axes."""
-    others = [name for name in axes.names if name != "attention" and name not in TRACED]
-    values = [f"{name}={to_dict(look_up(static, name))}" for name in others if not name.startswith("attention.")]
-    method = static.attention
+def program_label(shown: Run, axes: Axes) -> str:
+    """The method, without the fields that have their defaults, and the values of the axes that are no column."""
+    others = [name for name in axes.names if name != "attention" and name not in COLUMNS]
+    values = [f"{name}={to_dict(look_up(shown, name))}" for name in others if not name.startswith("attention.")]
+    method = shown.attention
     set_fields = [f for f in dataclasses.fields(method) if getattr(method, f.name) != f.default]
     arguments = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in set_fields)
     return ", ".join([f"{type(method).__name__}({arguments})", *values])
@@ -81,9 +83,22 @@ def applied(run: Run, point: Mapping[str, Any]) -> Run:
 
 
 def static_part(run: Run) -> Run:
-    """What a compiled step depends on: the run with its traced fields, and its place on disk, at their defaults."""
+    """What a compiled step depends on: the run with its traced fields, and its place on disk, at their defaults.
+
+    Whether there is a soft cap is static, its value is not.
+    """
+    capped = None if run.soft_cap is None else 1.0
+    return dataclasses.replace(_without(run, (*TRACED, *UNSWEPT)), soft_cap=capped)
+
+
+def shown_part(run: Run) -> Run:
+    """What tables and figures show as one program: the run without its columns, and its place on disk."""
+    return _without(run, (*COLUMNS, *UNSWEPT))
+
+
+def _without(run: Run, names: tuple[str, ...]) -> Run:
     default = Run()
-    for name in (*TRACED, *UNSWEPT):
+    for name in names:
         run = replaced(run, name, look_up(default, name))
     return run
 

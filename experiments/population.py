@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.config import Run
 from experiments.data import training_batches, validation_batches
-from experiments.metrics import compact
+from experiments.metrics import evaluation_fields
 from experiments.programs import Program
 from experiments.steps import levers
 
@@ -51,8 +51,7 @@ class _History:
         if not math.isfinite(loss):
             self.diverged_at, self.diverged_in = step, "validation loss"
             return
-        numbers = {name: [[compact(head) for head in layer] for layer in x.tolist()] for name, x in heads.items()}
-        self.evaluations.append({"step": step, "loss": loss, "bits_per_byte": loss / math.log(2), **numbers})
+        self.evaluations.append({"step": step, "loss": loss, **evaluation_fields(loss, heads)})
 
     def last_loss(self) -> float:
         return self.evaluations[-1]["loss"] if self.evaluations and self.diverged_at is None else math.nan

@@ -1,6 +1,8 @@
 """What a result depends on beside its configuration: the text, and the methods that its backend resolves to."""
 
 import functools
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,12 +11,20 @@ import numpy as np
 
 from attention import Method
 from attention.inputs import prepare
-from experiments.config import Run, layer_methods
-from experiments.data import corpus, splits
+from experiments.config import Run, layer_methods, task_of
+from experiments.data import corpus, splits, training_batches, validation_batches
 
 
 def describe_corpus(run: Run) -> dict[str, Any]:
-    """The text of a run: its hash, its size, and the loss of a model that knows only how often bytes occur."""
+    """The text of a run: its hash, its size, and the loss of a model that knows only how often bytes occur.
+
+    Of a task: its name, and a hash of its first batches, which tells whether it is still drawn as it was.
+    """
+    if task_of(run) is not None:
+        digest = hashlib.sha256()
+        for batch in (validation_batches(run)[0], next(training_batches(replace(run, seed=0)))):
+            digest.update(batch["tokens"].tobytes())
+        return {"source": run.data.task, "hash": digest.hexdigest()}
     text = corpus(run.data.source)
     sides = splits(run)
     return {
@@ -37,8 +47,10 @@ def resolved(method: Method, run: Run) -> Method:
     model, found = run.model, []
     size, dtype = model.width // model.heads, jnp.dtype(model.dtype)
 
+    options: dict[str, Any] = {"is_causal": True, "logits_soft_cap": run.soft_cap}
+
     def look(query, key, rng):
-        found.append(method.resolved(prepare(method, query, key, key, is_causal=True, rng=rng)))
+        found.append(method.resolved(prepare(method, query, key, key, rng=rng, **options)))
 
     shapes = ((run.data.batch, model.context, heads, size) for heads in (model.heads, model.kv_heads))
     jax.eval_shape(look, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.random.key(0))

@@ -24,10 +24,10 @@ from experiments.figures import FIGURES
 from experiments.files import write_bytes, write_text
 from experiments.metrics import SHOWN
 from experiments.store import FORMAT
-from experiments.summary import Results, measured, point_row, points_of, summary_rows
+from experiments.summary import Results, measured, point_row, points_of, summary_rows, unit
 
 ALLOWANCE = 0.05
-"""How far above exact attention's loss, in nats a byte, still counts as keeping up."""
+"""How far above exact attention's loss, in nats a token, still counts as keeping up."""
 
 
 def write_report(folder: Path, results: Results) -> Path:
@@ -56,6 +56,7 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
     )
     environment.filters |= {"number": _number, "short": _short, "signed": _signed, "mebibytes": _mebibytes}
     rows = summary_rows(results, ALLOWANCE)
+    points = [point_row(results, point) for key in results["programs"] for point in points_of(results, key)]
     return environment.get_template("report.html.jinja").render(
         results=results,
         paragraphs=_paragraphs(results["description"] or ""),
@@ -65,7 +66,10 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
         rows=[row | {"within": _range(row), "bits": row["best"] / math.log(2)} for row in rows],
         figures=[_figure(name, svg) for name, svg in svgs.items()],
         programs=[_program(results, key) for key in results["programs"]],
-        points=[point_row(results, point) for key in results["programs"] for point in points_of(results, key)],
+        points=points,
+        is_text=unit(results) == "byte",
+        unit=unit(results),
+        has_accuracy=any(not math.isnan(point["accuracy"]) for point in points),
         measured=measured(results),
         shown=SHOWN,
         facts=_facts(results),

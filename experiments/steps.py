@@ -1,8 +1,8 @@
 """One training run as pure functions: initial state, step, evaluation.
 
-They are functions of arrays alone. Scale, temperature, learning rate and seed are arguments (`Levers`), so
-that all points of a sweep over them share one compilation; `jax.vmap` over states, batches and levers trains
-a population.
+They are functions of arrays alone. Scale, temperatures, soft cap, learning rate and seed are arguments (`Levers`),
+so that all points of a sweep over them share one compilation; `jax.vmap` over states, batches and levers trains a
+population.
 """
 
 from collections.abc import Callable
@@ -10,26 +10,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+import attention
+from attention import SCALE_RULES, yarn_factor
 from attention.flax import Constant
-from experiments.config import Run, check_run, layer_methods
-from experiments.metrics import attention_diagnostics, cross_entropy, first_nonfinite, suspects
+from experiments.config import Run, check_run, layer_methods, starting_scale, vocabulary
+from experiments.metrics import accuracy, attention_diagnostics, cross_entropy, first_nonfinite, suspects
 from experiments.model import LanguageModel
 from experiments.optimizer import descent, unit_schedule
+from experiments.probes import attention_errors
 
-Batch = Any  # {"tokens": integers `B T+1`}
+Batch = Any  # {"tokens": integers `B T+1`}, and where not every prediction counts {"counts": booleans `B T`}
 Metrics = dict[str, Array]
 
 
 class Levers(NamedTuple):
-    """The traced axes of an experiment, each of shape `()`, or `(P,)` for a population of P."""
+    """The traced axes of an experiment, each of shape `()`, or `(P,)` for a population of P; no cap is None."""
 
     scale: Float[Array, "..."]
     temperature: Float[Array, "..."]
+    evaluate_temperature: Float[Array, "..."]
+    soft_cap: Float[Array, "..."] | None
     learning_rate: Float[Array, "..."]
     seed: Int[Array, "..."]
 
@@ -44,14 +48,28 @@ class TrainState(NamedTuple):
 
 
 def levers(run: Run) -> Levers:
-    """The traced axes of a run; a scale of None is 1 / sqrt(head size)."""
-    scale = 1 / np.sqrt(run.model.width // run.model.heads) if run.scale is None else run.scale
+    """The traced axes of a run. YaRN's factor, 1 where nothing is stretched, divides the temperatures."""
+    later = run.temperature if run.evaluate_temperature is None else run.evaluate_temperature
+    factor = yarn_factor(run.stretch)
     return Levers(
-        scale=jnp.asarray(scale, jnp.float32),
-        temperature=jnp.asarray(run.temperature, jnp.float32),
+        scale=jnp.asarray(starting_scale(run), jnp.float32),
+        temperature=jnp.asarray(run.temperature / factor, jnp.float32),
+        evaluate_temperature=jnp.asarray(later / factor, jnp.float32),
+        soft_cap=None if run.soft_cap is None else jnp.asarray(run.soft_cap, jnp.float32),
         learning_rate=jnp.asarray(run.optimizer.learning_rate, jnp.float32),
         seed=jnp.asarray(run.seed, jnp.uint32),
     )
+
+
+def training_numbers(run: Run, levers: Levers) -> dict[str, Any]:
+    """What the model's calls take in training. Learned scales are the layers' own: `levers.scale` is their start."""
+    scale = None if SCALE_RULES[run.model.scale_rule].learned else levers.scale
+    return {"scale": scale, "temperature": levers.temperature, "logits_soft_cap": levers.soft_cap}
+
+
+def evaluation_numbers(run: Run, levers: Levers) -> dict[str, Any]:
+    """What the model's calls take in evaluations, `adaptive` apart."""
+    return training_numbers(run, levers) | {"temperature": levers.evaluate_temperature}
 
 
 def make_init(run: Run) -> Callable[[Levers], TrainState]:
@@ -60,6 +78,9 @@ def make_init(run: Run) -> Callable[[Levers], TrainState]:
 
     def init(levers: Levers) -> TrainState:
         model = _model(run, jax.random.key(levers.seed))
+        for block in model.blocks:
+            if isinstance(own := block.attention.scale, nnx.Variable):
+                own[...] = jnp.full_like(own[...], levers.scale)
         _, parameters, constants = nnx.split(model, nnx.Param, Constant)
         optimizer = descent(run.optimizer).init(parameters)
         return TrainState(parameters, constants, optimizer, jnp.zeros((), jnp.int32))
@@ -70,17 +91,16 @@ def make_init(run: Run) -> Callable[[Levers], TrainState]:
 def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainState, Metrics]]:
     """The function that takes one optimizer step.
 
-    Its metrics are scalars: `loss` (nats per byte, before the step), `grad_norm` (before clipping),
+    Its metrics are scalars: `loss` (nats per token, before the step), `grad_norm` (before clipping),
     `learning_rate`, and `nonfinite`, an index into `nonfinite_names(run)`, -1 while all is well.
     Callers jit it with `donate_argnums=0`.
     """
-    loss_and_gradient = jax.value_and_grad(_make_loss(run))
+    loss_and_gradient, renewed = jax.value_and_grad(_make_loss(run)), _make_renew(run)
 
     def step(state: TrainState, batch: Batch, levers: Levers) -> tuple[TrainState, Metrics]:
-        tokens = batch["tokens"]
-        micro = tokens.reshape(run.optimizer.accumulate, -1, tokens.shape[-1])
+        micro = jax.tree.map(lambda x: x.reshape(run.optimizer.accumulate, -1, x.shape[-1]), batch)
         loss, gradients = _mean_over(
-            lambda tokens: loss_and_gradient(state.parameters, state.constants, tokens, levers), micro
+            lambda part: loss_and_gradient(state.parameters, state.constants, part, levers), micro
         )
         rate = levers.learning_rate * unit_schedule(run.optimizer, run.steps, state.step)
         updates, optimizer = descent(run.optimizer).update(gradients, state.optimizer, state.parameters)
@@ -92,27 +112,44 @@ def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainStat
             "learning_rate": rate,
             "nonfinite": first_nonfinite(suspects(loss, gradients, norm, parameters)),
         }
-        return TrainState(parameters, state.constants, optimizer, state.step + 1), metrics
+        constants = renewed(parameters, state.constants)
+        return TrainState(parameters, constants, optimizer, state.step + 1), metrics
 
     return step
 
 
-def make_evaluate(run: Run) -> Callable[[TrainState, Batch, Levers], Metrics]:
-    """The function that gives a batch's mean `loss` in nats per byte, and the numbers of `attention.Diagnostics`.
-
-    These are layers x heads, of the sequences that `attention_diagnostics` looks at.
-    """
+def _make_renew(run: Run) -> Callable[[nnx.State, nnx.State], nnx.State]:
+    """The function that brings estimates kept among the constants up to date with the parameters."""
+    if not run.model.spectral:
+        return lambda parameters, constants: constants
     graph = model_graph(run)
+
+    def renew(parameters, constants):
+        model = nnx.merge(graph, parameters, constants)
+        model.power_iteration()
+        return nnx.state(model, Constant)
+
+    return renew
+
+
+def make_evaluate(run: Run) -> Callable[[TrainState, Batch, Levers], Metrics]:
+    """The function that gives a batch's mean `loss` in nats per token, and the numbers of `attention.Diagnostics`.
+
+    These are layers x heads, of the sequences that `attention_diagnostics` looks at, and so are the errors of
+    `run.probes`. Where not every prediction counts, the share of those that do and are right is the `accuracy`.
+    """
+    graph, probes = model_graph(run), [attention.parse_method(expression) for expression in run.probes]
 
     def evaluate(state: TrainState, batch: Batch, levers: Levers) -> Metrics:
         model = nnx.merge(graph, state.parameters, state.constants)
-        numbers = {"scale": levers.scale, "temperature": levers.temperature}
-        logits, seen = model.observed(batch["tokens"][:, :-1], **numbers)
-        layers = [
-            (*pair, block.attention.method, block.attention.params())
-            for block, pair in zip(model.blocks, seen, strict=True)
-        ]
-        return {"loss": cross_entropy(logits, batch["tokens"][:, 1:]), **attention_diagnostics(layers, **numbers)}
+        numbers = evaluation_numbers(run, levers)
+        logits, seen = model.observed(batch["tokens"][:, :-1], adaptive=run.adaptive, **numbers)
+        layers = [(pair, block.attention) for block, pair in zip(model.blocks, seen, strict=True)]
+        targets, counts = batch["tokens"][:, 1:], batch.get("counts")
+        shares = {} if counts is None else {"accuracy": accuracy(logits, targets, counts)}
+        loss = cross_entropy(logits, targets, counts)
+        errors = attention_errors(layers, probes, **numbers) if probes else {}
+        return {"loss": loss, **shares, **attention_diagnostics(layers, **numbers), **errors}
 
     return evaluate
 
@@ -131,29 +168,31 @@ def nonfinite_names(run: Run) -> list[str]:
 def _make_loss(run: Run):
     graph = model_graph(run)
 
-    def loss(parameters, constants, tokens, levers: Levers) -> Float[Array, ""]:
+    def loss(parameters, constants, batch: Batch, levers: Levers) -> Float[Array, ""]:
         model = nnx.merge(graph, parameters, constants)
-        logits = model(tokens[:, :-1], scale=levers.scale, temperature=levers.temperature)
-        return cross_entropy(logits, tokens[:, 1:])
+        logits = model(batch["tokens"][:, :-1], **training_numbers(run, levers))
+        return cross_entropy(logits, batch["tokens"][:, 1:], batch.get("counts"))
 
     return loss
 
 
 def _mean_over(f, micro_batches):
     """The mean of f over micro-batches, one at a time, so that memory is that of one."""
-    if micro_batches.shape[0] == 1:
-        return f(micro_batches[0])
+    count = micro_batches["tokens"].shape[0]
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    if count == 1:
+        return f(first)
 
-    def add(total, tokens):
-        return jax.tree.map(jnp.add, total, f(tokens)), None
+    def add(total, batch):
+        return jax.tree.map(jnp.add, total, f(batch)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, micro_batches[0]))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first))
     total, _ = jax.lax.scan(add, zeros, micro_batches)
-    return jax.tree.map(lambda x: x / micro_batches.shape[0], total)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def _model(run: Run, key) -> LanguageModel:
-    return LanguageModel(run.model, layer_methods(run), nnx.Rngs(params=key))
+    return LanguageModel(run.model, layer_methods(run), vocabulary(run), nnx.Rngs(params=key))
 
 
 def _abstract_model(run: Run) -> LanguageModel:

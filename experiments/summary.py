@@ -43,6 +43,12 @@ def measured(results: Results) -> list[str]:
     return [name for name in SHOWN if any(not math.isnan(final(point, name)) for point in results["points"])]
 
 
+def unit(results: Results) -> str:
+    """What a loss is counted for: a byte of text, or a token of a task."""
+    text = any("bits_per_byte" in evaluation for point in results["points"] for evaluation in point["evaluations"])
+    return "byte" if text else "token"
+
+
 def spread(numbers: Iterable[float]) -> Spread:
     """Mean, smallest and largest; NaN if any is, since a mean over the seeds that survived would flatter."""
     numbers = list(numbers)
@@ -88,13 +94,13 @@ def summary_rows(results: Results, allowance: float = 0.05) -> list[dict[str, An
 
     Args:
         results: the contents of results.json.
-        allowance: how far above exact attention's loss, in nats a byte, still counts as keeping up.
+        allowance: how far above exact attention's loss, in nats a token, still counts as keeping up.
     """
     exact = next((key for key, program in results["programs"].items() if program["reference"]), None)
     reference = by_beta(results, exact) if exact else {}
     rows = []
     for key, program in results["programs"].items():
-        losses = by_beta(results, key)
+        losses, shares = by_beta(results, key), by_beta(results, key, "accuracy")
         finite = {beta: loss.mean for beta, loss in losses.items() if not math.isnan(loss.mean)}
         best = min(finite, key=lambda beta: finite[beta]) if finite else math.nan
         worst = max(finite, key=lambda beta: finite[beta]) if finite else math.nan
@@ -103,6 +109,7 @@ def summary_rows(results: Results, allowance: float = 0.05) -> list[dict[str, An
             {
                 "label": program["label"],
                 "best": finite.get(best, math.nan),
+                "accuracy": max((loss.mean for loss in shares.values() if not math.isnan(loss.mean)), default=math.nan),
                 "best_beta": best,
                 "worst": finite.get(worst, math.nan),
                 "worst_beta": worst,
@@ -121,6 +128,7 @@ def point_row(results: Results, point: Point) -> dict[str, Any]:
         "label": results["programs"][point["program"]]["label"],
         "loss": final(point),
         "bits": final(point, "bits_per_byte"),
+        "accuracy": final(point, "accuracy"),
         **{name: final(point, name) for name in SHOWN},
         "milliseconds": 1e3 * point["timings"]["seconds_per_step"],
     }

@@ -24,7 +24,7 @@ from experiments.config import Run, check_name, check_run
 from experiments.data import training_batches, validation_batches
 from experiments.files import is_disk_full, read_json_lines
 from experiments.folder import RunFolder, open_folder
-from experiments.log import Log, Pending, evaluation_record
+from experiments.log import Log, Pending, evaluation_record, told
 from experiments.progress import View
 from experiments.runtime import Interrupted, StopSignals, compiler_options, enable_compilation_cache
 from experiments.steps import (
@@ -166,8 +166,7 @@ class _Session:
         evaluate, numbers = self.programs.evaluate, self.programs.levers
         record = evaluation_record(step, [evaluate(state, batch, numbers) for batch in self.held_out])
         self.log.write([record])
-        loss, bits = record["validation_loss"], record["bits_per_byte"]
-        self.view.tell(f"step {step}: validation loss {loss:.4f} nats, {bits:.4f} bits per byte")
+        self.view.tell(f"step {step}: validation loss {record['validation_loss']:.4f} nats, {told(record)}")
 
 
 def _result(run: Run, folder: RunFolder, initial: TrainState) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             overwrite: Replace the run of this name, whatever it is.
         """
         result = train(run, overwrite=overwrite)
-        print(f"{run.folder / run.name}: {result['bits_per_byte']:.4f} bits per byte after step {result['step']}")
+        print(f"{run.folder / run.name}: {told(result)} after step {result['step']}")
 
     enable_compilation_cache()
     return exit_code(lambda: parse(command, arguments, prog="python -m experiments.train"))

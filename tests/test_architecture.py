@@ -16,6 +16,7 @@ FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
 FOUNDATION |= {"rounding": {"masks", "inputs"}}
 FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache", "rounding"}}
 FOUNDATION |= {"diagnostics": {"method", "masks", "checks", "inputs", "exact", "ranking"}}
+FOUNDATION |= {"scale_rules": {"method", "masks", "inputs", "exact"}}
 FOUNDATION |= {"api": {"method", "masks", "logits", "inputs", "exact"}}
 BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
 

@@ -1,6 +1,5 @@
 """A multi-head attention layer for nnx, around any method."""
 
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +9,20 @@ from jaxtyping import Array, Float, Int
 
 from attention.api import dot_product_attention
 from attention.exact import Exact
-from attention.logits import SCALE_RULES
-from attention.method import Method, Params, unknown
+from attention.flax.parts import (
+    Constant,
+    SpectralLinear,
+    by_token,
+    check_sizes,
+    plain,
+    rows_scaled,
+    starting_scale,
+    unit_norm,
+    values,
+)
+from attention.method import Method, Params
 from attention.positions import rotated
-
-
-class Constant(nnx.Variable):
-    """What a random method drew: part of the model, never of the gradient."""
+from attention.scale_rules import adaptive_factor, scale_rule, visible_keys
 
 
 class DecodingState(NamedTuple):
@@ -31,17 +37,23 @@ class MultiHeadAttention(nnx.Module):
 
         y = [o_1 ... o_N] Wo,    o_n = softmax(beta_n R(x Wq_n) R(x Wk_m)^T + bias) (x Wv_m),    m = floor(n K / N)
 
-    with beta_n = scale_n / temperature_n and R the rotation of a token by its position, or nothing.
+    with beta_n = scale_n / temperature_n and R the rotation of a token by its position, or nothing. The scale rule
+    "qk-norm" divides the vectors in R by their norms, and "ssmax" multiplies the scores of a row by the log of how many
+    keys it sees. With a gate, [o_1 ... o_N] is multiplied by sigmoid(x Wg) before Wo.
 
     Args:
         in_features: D.
         num_heads: N.
-        rngs: draws the kernels from `params`, in the order query, key, value, output; then what the method draws.
+        rngs: draws the kernels from `params`, in the order query, key, value, output, gate; then what the method draws.
         method: how to compute attention; see `attention.METHODS`.
         num_kv_heads: K, which divides N; N if None.
         head_dim: H; D / N if None.
         out_features: the size of the output; D if None.
-        scale: the rule "1/sqrt(H)" or "1/H"; "learned", one parameter a head that starts at 1 / sqrt(H); or a number.
+        scale: one of `attention.SCALE_RULES`, or a number. The rules "learned", "qk-norm" and "ssmax" train one number
+            a head.
+        training_length: tokens of a training sequence, by which "qk-norm" and "ssmax" choose where their scales start.
+        spectral: whether the four projections are sigma-reparametrised (`SpectralLinear`).
+        gated: whether the heads' outputs are gated, entry by entry, by the tokens that ask.
         rotary_base: the base of the rotary frequencies, usually 10,000; None for no positions. H must be even.
         logits_soft_cap: scaled scores l become cap * tanh(l / cap).
         local_window_size: (left, right), how far around its own position a query sees; one number for both.
@@ -51,14 +63,19 @@ class MultiHeadAttention(nnx.Module):
         kernel_init, out_kernel_init: draw the kernels `D NH`, `D KH`, `D KH`, and `NH out`; the same if one is None.
 
     Attributes:
-        query, key, value, output: the projections.
+        query, key, value, output, gate: the projections; `gate` is None without one.
         trained, constants: what `method.init` returned, as `nnx.Param` and as `Constant`.
 
-    Cost: that of `method`, and 2 T (D (N + 2 K) H + N H out) operations for the projections.
+    Cost: that of `method`, and 2 T (D (N + 2 K) H + N H out) operations for the projections, 2 T D N H for a gate.
     Error bound: that of `method`.
 
     Raises:
-        ValueError: a size does not fit, or `scale` names no rule.
+        ValueError: a size does not fit, or `scale` names no rule, or one that needs a `training_length`.
+
+    References:
+        Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.2.
+        Qiu et al., "Gated attention for large language models", arXiv 2505.06708, section 2.2: the gate at the output
+        of attention, one number a head and entry.
 
     Example:
         >>> import attention, attention.flax, jax
@@ -86,6 +103,9 @@ class MultiHeadAttention(nnx.Module):
         head_dim: int | None = None,
         out_features: int | None = None,
         scale: str | float = "1/sqrt(H)",
+        training_length: int | None = None,
+        spectral: bool = False,
+        gated: bool = False,
         rotary_base: float | None = None,
         logits_soft_cap: float | None = None,
         local_window_size: int | tuple[int, int] | None = None,
@@ -99,24 +119,27 @@ class MultiHeadAttention(nnx.Module):
         self.logits_soft_cap, self.local_window_size = logits_soft_cap, local_window_size
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         out_features = in_features if out_features is None else out_features
-        _check_sizes(in_features, num_heads, num_kv_heads, head_dim, rotary_base)
+        check_sizes(in_features, num_heads, num_kv_heads, head_dim, rotary_base)
         self.in_features, self.num_heads, self.num_kv_heads = in_features, num_heads, num_kv_heads
         self.head_dim = in_features // num_heads if head_dim is None else head_dim
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
-        def linear(inputs, outputs, init):
-            return nnx.Linear(
-                inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
-
-        self.query = linear(in_features, num_heads * self.head_dim, kernel_init)
-        self.key = linear(in_features, num_kv_heads * self.head_dim, kernel_init)
-        self.value = linear(in_features, num_kv_heads * self.head_dim, kernel_init)
-        self.output = linear(num_heads * self.head_dim, out_features, out_kernel_init or kernel_init)
-        self.scale = _initial_scale(scale, num_heads, self.head_dim, param_dtype)
+        queries, keys = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        options: dict[str, Any] = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear = SpectralLinear if spectral else nnx.Linear
+        self.query = linear(in_features, queries, kernel_init=kernel_init, **options)
+        self.key = linear(in_features, keys, kernel_init=kernel_init, **options)
+        self.value = linear(in_features, keys, kernel_init=kernel_init, **options)
+        self.output = linear(queries, out_features, kernel_init=out_kernel_init or kernel_init, **options)
+        self.gate = nnx.Linear(in_features, queries, kernel_init=kernel_init, **options) if gated else None
+        rule = scale_rule(scale) if isinstance(scale, str) else None
+        self.unit_norm, self.by_length = (rule.unit_norm, rule.by_length) if rule else (False, False)
+        self.scale = starting_scale(
+            scale, num_heads=num_heads, head_dim=self.head_dim, length=training_length, dtype=param_dtype
+        )
         drawn = method.init(rngs.params(), num_heads=num_heads, head_dim=self.head_dim)
-        self.trained = nnx.data(jax.tree.map(nnx.Param, _plain(drawn.trained)))
-        self.constants = nnx.data(jax.tree.map(Constant, _plain(drawn.constants)))
+        self.trained = nnx.data(jax.tree.map(nnx.Param, plain(drawn.trained)))
+        self.constants = nnx.data(jax.tree.map(Constant, plain(drawn.constants)))
 
     def __call__(self, x, context=None, **options: Any) -> Float[Array, "B T O"]:
         """Attention of the tokens `x` to themselves, or to `context`.
@@ -129,12 +152,12 @@ class MultiHeadAttention(nnx.Module):
         Raises:
             As `attention.dot_product_attention`.
         """
-        return self.attended(*self.projected(x, context), **options)
+        return self.attended(*self.projected(x, context), tokens=x, **options)
 
     def projected(
         self, x, context=None, start: Any = 0
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Query, key and value of tokens of which the first stands at position `start`, rotated where they are."""
+        """Query, key and value of tokens of which the first stands at position `start`, normalised and rotated."""
         context = x if context is None else context
         for name, tokens in (("x", x), ("context", context)):
             if tokens.ndim != 3 or tokens.shape[-1] != self.in_features:
@@ -144,6 +167,8 @@ class MultiHeadAttention(nnx.Module):
             by_token(project, context).reshape(*context.shape[:2], self.num_kv_heads, self.head_dim)
             for project in (self.key, self.value)
         )
+        if self.unit_norm:
+            query, key = unit_norm(query), unit_norm(key)
         if self.rotary_base is not None:
             query, key = (rotated(y, jnp.arange(y.shape[1]) + start, self.rotary_base) for y in (query, key))
         return query, key, value
@@ -154,26 +179,51 @@ class MultiHeadAttention(nnx.Module):
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
         *,
-        scale: Any = None,
-        temperature: Any = 1.0,
+        tokens: Any = None,
         **options: Any,
     ) -> Float[Array, "B T O"]:
         """The layer's output for what `projected` returned.
 
         Args:
             query, key, value: what `projected` returned.
-            scale: takes the place of the layer's own; a number or `(N,)`, may be traced.
-            temperature: divides the scores; a number or `(N,)`, may be traced.
-            options: others of `attention.dot_product_attention` that belong to one call: `bias`, `mask`,
-                `is_causal`, `causal_alignment`, lengths, segments, `rng`.
+            tokens: `B T D`, the tokens of the queries; a gate needs them.
+            options: as `scored` takes them.
 
         Raises:
-            As `attention.dot_product_attention`.
+            As `attention.dot_product_attention`; ValueError where a gate has no tokens.
         """
-        output = dot_product_attention(
-            query, key, value, method=self.method, **self._settings(scale, temperature), **options
-        )
-        return self._merged(output)
+        query, options = self.scored(query, key, **options)
+        output = dot_product_attention(query, key, value, method=self.method, **options)
+        return self._merged(output, tokens)
+
+    def scored(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        *,
+        scale: Any = None,
+        temperature: Any = 1.0,
+        logits_soft_cap: Any = None,
+        adaptive: bool = False,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T N H"], dict[str, Any]]:
+        """The queries, and the options of `attention.dot_product_attention`, whose logits are the layer's.
+
+        Args:
+            query, key: what `projected` returned.
+            scale: takes the place of the layer's own; a number or `(N,)`, may be traced.
+            temperature: divides the scores; a number or `(N,)`, may be traced.
+            logits_soft_cap: takes the place of the layer's own; may be traced.
+            adaptive: whether to sharpen rows of high entropy, as `attention.adaptive_factor` does.
+            options: others of `attention.dot_product_attention` that belong to one call: `bias`, `mask`,
+                `is_causal`, `causal_alignment`, lengths, segments, `rng`.
+        """
+        options |= self._settings(scale, temperature, logits_soft_cap)
+        if self.by_length:
+            query = self._by_length(query, visible_keys(query, key, **options))
+        if adaptive:
+            query = rows_scaled(query, adaptive_factor(query, key, **options))
+        return query, options
 
     def init_state(self, batch: int, max_length: int) -> DecodingState:
         """The state before the first token, with room for `max_length`.
@@ -191,68 +241,47 @@ class MultiHeadAttention(nnx.Module):
         *,
         scale: Any = None,
         temperature: Any = 1.0,
+        logits_soft_cap: Any = None,
         rng: Any = None,
     ) -> tuple[DecodingState, Float[Array, "B T O"]]:
         """Reads T >= 1 more tokens; any split of a sequence into calls gives the causal output of the whole."""
         query, key, value = self.projected(x, start=state.length)
-        settings = self._settings(scale, temperature)
+        if self.by_length:
+            seen = state.length + jnp.arange(1, x.shape[1] + 1)
+            if (window := self.local_window_size) is not None:
+                seen = jnp.minimum(seen, (window if isinstance(window, int) else window[0]) + 1)
+            query = self._by_length(query, seen.astype(jnp.promote_types(query.dtype, jnp.float32))[None, :, None])
+        settings = self._settings(scale, temperature, logits_soft_cap)
         kept, output = self.method.extend(state.kept, query, key, value, **settings, rng=rng)
-        return DecodingState(state.length + x.shape[1], kept), self._merged(output)
+        return DecodingState(state.length + x.shape[1], kept), self._merged(output, x)
 
-    def _settings(self, scale: Any, temperature: Any) -> dict[str, Any]:
+    def power_iteration(self) -> None:
+        """Brings the singular vectors of sigma-reparametrised projections up to date; after each training step."""
+        for linear in (self.query, self.key, self.value, self.output):
+            if isinstance(linear, SpectralLinear):
+                linear.power_iteration()
+
+    def _by_length(self, query: Array, seen: Float[Array, "b T n"]) -> Float[Array, "B T N H"]:
+        return rows_scaled(query, jnp.log(jnp.maximum(seen, 1)))  # a row without keys has an output of 0
+
+    def _settings(self, scale: Any, temperature: Any, logits_soft_cap: Any) -> dict[str, Any]:
         own = self.scale[...] if isinstance(self.scale, nnx.Variable) else self.scale
         return {
             "scale": own if scale is None else scale,
             "temperature": temperature,
-            "logits_soft_cap": self.logits_soft_cap,
+            "logits_soft_cap": self.logits_soft_cap if logits_soft_cap is None else logits_soft_cap,
             "local_window_size": self.local_window_size,
             "params": self.params(),
         }
 
     def params(self) -> Params:
         """What the method trains and has drawn, as `attention.dot_product_attention` takes it."""
-        return Params(trained=_values(self.trained), constants=_values(self.constants))
+        return Params(trained=values(self.trained), constants=values(self.constants))
 
-    def _merged(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T O"]:
-        return by_token(self.output, heads.reshape(*heads.shape[:2], -1))
-
-
-def by_token(function: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
-    """A function of matrices applied to all tokens of a batch as the rows of one matrix.
-
-    The gradient of a linear layer is then one plain product, which XLA computes on a CPU in less than half of the time
-    that operands with a batch take.
-    """
-    return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-
-def _check_sizes(D: int, N: int, K: int, H: int | None, rotary_base: float | None) -> None:
-    for name, size in (("in_features", D), ("num_heads", N), ("num_kv_heads", K), ("head_dim", H)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}: expected an integer of at least 1")
-    if H is None and D % N:
-        raise ValueError(f"in_features is {D}: expected a multiple of num_heads = {N}, or a head_dim")
-    if N % K:
-        raise ValueError(f"num_kv_heads is {K}: expected a divisor of num_heads = {N}")
-    H = D // N if H is None else H
-    if rotary_base is not None and H % 2:
-        raise ValueError(f"head_dim is {H}: expected an even number, since rotary positions turn pairs")
-
-
-def _initial_scale(scale: str | float, num_heads: int, head_dim: int, dtype: Any) -> nnx.Param | float:
-    if scale == "learned":
-        return nnx.Param(jnp.full((num_heads,), SCALE_RULES["1/sqrt(H)"](head_dim), dtype))
-    if isinstance(scale, str):
-        if scale not in SCALE_RULES:
-            raise ValueError(unknown("scale", scale, [*SCALE_RULES, "learned"]))
-        return float(SCALE_RULES[scale](head_dim))
-    return scale
-
-
-def _plain(tree: Any) -> Any:
-    """Mappings of any type as dicts, which is what nnx looks into."""
-    return {name: _plain(leaf) for name, leaf in tree.items()} if isinstance(tree, Mapping) else tree
-
-
-def _values(variables: Any) -> Any:
-    return jax.tree.map(lambda x: x[...], variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    def _merged(self, heads: Float[Array, "B T N H"], tokens: Any) -> Float[Array, "B T O"]:
+        merged = heads.reshape(*heads.shape[:2], -1)
+        if self.gate is None:
+            return by_token(self.output, merged)
+        if tokens is None:
+            raise ValueError("tokens is None: expected the tokens of the queries, since the layer has a gate")
+        return by_token(self.output, merged * jax.nn.sigmoid(by_token(self.gate, tokens)))

@@ -12,8 +12,9 @@ from flax import nnx
 import attention
 from attention import positions
 from attention.flax import Constant
+from experiments.config import vocabulary
 from experiments.metrics import SHOWN, named_leaves
-from experiments.model import VOCABULARY, LanguageModel
+from experiments.model import LanguageModel
 from experiments.steps import levers, make_evaluate, make_init, make_step, model_graph
 
 UNIT = float(jnp.finfo(jnp.float32).eps) / 2
@@ -52,7 +53,7 @@ def compiled(model, method=LanguageModel.__call__):
 
 def some_tokens(run, batch=2, length=None):
     length = run.model.context if length is None else length
-    return jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (batch, length)), jnp.int32)
+    return jnp.asarray(np.random.default_rng(1).integers(0, vocabulary(run), (batch, length)), jnp.int32)
 
 
 def rounding(run, model):
@@ -73,7 +74,7 @@ def test_later_tokens_do_not_reach_earlier_logits(tiny, kind):
     run = tiny(model={"positions": kind})
     model, numbers = built(run)
     tokens = some_tokens(run)
-    changed = tokens.at[:, 9:].set((tokens[:, 9:] + 1) % VOCABULARY)
+    changed = tokens.at[:, 9:].set((tokens[:, 9:] + 1) % vocabulary(run))
     apply = compiled(model)
     before, after = apply(tokens, **numbers), apply(changed, **numbers)
     np.testing.assert_array_equal(before[:, :9], after[:, :9])
@@ -184,5 +185,5 @@ def test_evaluation_reports_attention_by_layer_and_head_between_its_limits(tiny)
     np.testing.assert_array_equal(found["monotonicity"], 1)
     flat = found["entropy"]
     np.testing.assert_allclose(flat, np.full((2, 4), mean), rtol=64 * UNIT)
-    sharp = evaluate(state, batch, numbers._replace(temperature=jnp.float32(1e-3)))["entropy"]
+    sharp = evaluate(state, batch, numbers._replace(evaluate_temperature=jnp.float32(1e-3)))["entropy"]
     assert np.all(sharp < mean / 2)

@@ -1,0 +1,135 @@
+"""Generation: what the whole forward pass would have said, from a checkpoint that stays as it is."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_model import compiled, rounding
+
+import attention
+from experiments.config import Run, to_dict
+from experiments.generate import chosen, encoded, generated, main
+from experiments.saved import from_dict, load
+from experiments.steps import evaluation_numbers, levers, model_graph
+
+PROMPT = np.frombuffer(b"return x", np.uint8)
+
+
+@pytest.fixture(scope="module")
+def saved(reference):
+    return load(reference.folder / reference.name)
+
+
+@functools.cache
+def greedy(folder, expression=None):
+    """The model, and 20 tokens after the prompt."""
+    saved = load(folder, None if expression is None else attention.parse_method(expression))
+    return saved, list(generated(saved, PROMPT, 20, temperature=0))
+
+
+def test_greedy_tokens_are_the_largest_logits_of_the_whole(reference):
+    saved, tokens = greedy(reference.folder / reference.name)
+    model = nnx.merge(model_graph(saved.run), saved.parameters, saved.constants)
+    text = jnp.array([[*PROMPT.tolist(), *tokens]])
+    logits = compiled(model)(text, **evaluation_numbers(saved.run, levers(saved.run)))[0, len(PROMPT) - 1 : -1]
+    # In the order of the context, as the bound of `rounding` has it; the text here is longer than that by half.
+    longer = dataclasses.replace(saved.run, model=dataclasses.replace(saved.run.model, context=text.shape[1]))
+    second, first = np.sort(logits, axis=-1)[:, -2:].T
+    assert (first - second).min() > 2 * rounding(longer, model)
+    assert tokens == logits.argmax(-1).tolist()
+    assert len(set(tokens)) > 1
+
+
+def test_a_method_that_is_exact_takes_the_place_of_another(reference):
+    folder = reference.folder / reference.name
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other, tokens = greedy(folder, "TopK(k=64)")
+    assert other.run.attention == attention.TopK(k=64)
+    assert other.drawn == ()
+    assert tokens == greedy(folder)[1]
+    assert kept == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_a_checkpoint_lacks_is_drawn_and_named(reference):
+    folder, method = reference.folder / reference.name, attention.Performer(features=8)
+    first, second = load(folder, method), load(folder, method)
+    assert first.drawn == ("blocks/0/attention/constants/projection",)
+    jax.tree.map(np.testing.assert_array_equal, first.constants, second.constants)
+    trained = load(folder)
+    jax.tree.map(np.testing.assert_array_equal, first.parameters, trained.parameters)
+
+
+def test_a_seed_gives_one_text_and_a_small_nucleus_the_greedy_one(reference):
+    saved, most_likely = greedy(reference.folder / reference.name)
+    first, again, other = (list(generated(saved, PROMPT, 20, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert list(generated(saved, PROMPT, 20, top_p=1e-6, seed=1)) == most_likely
+    hot = dataclasses.replace(saved.run, evaluate_temperature=100.0)
+    assert list(generated(saved._replace(run=hot), PROMPT, 20, temperature=0)) != most_likely
+
+
+def test_tokens_are_drawn_from_the_nucleus_at_their_probabilities():
+    probabilities = np.array([0.15, 0.4, 0.05, 0.3, 0.1])
+    draw = jax.jit(jax.vmap(chosen, in_axes=(None, 0, None, None, None)))
+
+    def shares(temperature, top_p):
+        numbers = (jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
+        tokens = draw(jnp.log(jnp.array(probabilities, jnp.float32)), jnp.arange(4000), *numbers)
+        return np.bincount(tokens, minlength=5) / 4000
+
+    squared = probabilities**2 / (probabilities**2).sum()
+    nucleus = np.array([0, 0.4, 0, 0.3, 0]) / 0.7
+    for expected, found in (
+        (probabilities, shares(1.0, 1.0)),
+        (squared, shares(0.5, 1.0)),
+        (nucleus, shares(1.0, 0.6)),
+        (np.eye(5)[1], shares(0.0, 1.0)),
+        (np.eye(5)[1], shares(1.0, 0.4)),
+    ):
+        # Five standard deviations of a share of 4,000.
+        assert np.all(abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000))
+
+
+def test_the_command_writes_the_prompt_and_what_follows(reference, capsys):
+    folder = reference.folder / reference.name
+    _, tokens = greedy(folder)
+    assert main([str(folder), "--prompt", "return x", "--tokens", "20", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == f"return x{bytes(tokens).decode('utf-8', 'replace')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--prompt", "x"], "nowhere holds no config.json"),
+        (["RUN", "--prompt", ""], "prompt is empty"),
+        (["RUN", "--prompt", "x", "--tokens", "0"], "tokens is 0"),
+        (["RUN", "--prompt", "x", "--top-p", "0"], "top_p is 0"),
+        (["RUN", "--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+        (["RUN", "--prompt", "x", "--attention-temperature", "0"], "evaluate_temperature is 0"),
+        (["RUN", "--prompt", "x", "--method", "TopQ"], "unknown method 'topq'"),
+    ],
+)
+def test_mistakes_are_named(reference, arguments, message, capsys):
+    folder = str(reference.folder / reference.name)
+    assert main([folder if word == "RUN" else word for word in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_configuration_is_read_back_as_it_was_written(reference):
+    run = dataclasses.replace(
+        reference, attention=attention.TopK(k=3), soft_cap=2.0, model=dataclasses.replace(reference.model, gated=True)
+    )
+    assert from_dict(Run(), to_dict(run)) == run
+    with pytest.raises(ValueError, match="unknown field of Model 'laiers': did you mean 'layers'"):
+        from_dict(Run(), {"model": {"laiers": 2}})
+
+
+def test_the_prompt_of_a_task_is_integers(tiny):
+    run = tiny(data={"task": "copy", "symbols": 4})
+    assert encoded(run, "3 1 4").tolist() == [3, 1, 4]
+    with pytest.raises(ValueError, match="prompt is 'a b': expected integers, since the run is on copy"):
+        encoded(run, "a b")
