@@ -5,6 +5,7 @@ features. The exponential ones divide by their largest feature, which is then in
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -79,13 +80,13 @@ def relu_features(x: Float[Array, "*N H"], projection: Float[Array, "M H"]) -> F
     return Features(features / jnp.sqrt(projection.shape[0]).astype(x.dtype), jnp.zeros(x.shape[:-1], x.dtype))
 
 
-def best_ratio(spread: Float[Array, "*n"]) -> Float[Array, "*n"]:
+def best_ratio(spread: Float[Array | np.ndarray, "*n"]) -> Float[Array | np.ndarray, "*n"]:
     """The ratio in (0, 1] that minimises the mean log second moment where the mean of (x_h + y_h)^2 is `spread`.
 
     2 spread r^2 + (1 + 2 spread) r - 1 = 0; written so that nothing cancels, and 1 at a spread of 0.
     """
     b = 1 + 2 * spread
-    return 2 / (b + jnp.sqrt(b * b + 8 * spread))
+    return 2 / (b + (b * b + 8 * spread) ** 0.5)
 
 
 def _projected(x: Float[Array, "*N H"], projection: Float[Array, "M H"]) -> Float[Array, "*N M"]:
