@@ -71,4 +71,4 @@ def _factored(x: Float[Array, "K n H"]) -> tuple[Float[Array, "K H"], Float[Arra
     variance = jnp.trace(covariance, axis1=1, axis2=2) / x.shape[2]
     # A sample without any variance is given some, so that it has a factor.
     ridge = RIDGE * jnp.where(variance > 0, variance, 1)
-    return mean, jnp.linalg.cholesky(covariance + ridge[:, None, None] * jnp.eye(x.shape[2]))
+    return mean, jnp.linalg.cholesky(covariance + ridge[:, None, None] * jnp.eye(x.shape[2])[None])

@@ -73,9 +73,10 @@ def expect_variance(sample: np.ndarray, truth) -> None:
     assert abs(squares.mean() / truth - 1) <= 0.2
 
 
-def spread_ratio(kind: str) -> float:
-    """That of standard activations, with which `init` fills the constants: E(x_h + y_h)^2 = 2 beta."""
-    return float(best_ratio(np.array([2.0]))[0]) if kind == "optimal" else 1.0
+def spread_of(kind: str, squared_sum: float) -> tuple[dict | None, np.ndarray | float]:
+    """The constants of `optimal` that are right for tokens with this |x + y|^2 at beta = 1, and their ratio."""
+    spread = np.array([squared_sum / H])
+    return ({"spread": jnp.asarray(spread, jnp.float32)}, best_ratio(spread)) if kind == "optimal" else (None, 1.0)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -83,7 +84,8 @@ def spread_ratio(kind: str) -> float:
 def test_kernel_estimates_have_their_mean(kind, coupling):
     for squared_sum in (0.5, 2.5):
         x, y = tokens(squared_sum)
-        sample, truth = estimates(performer(kind), x, y, coupling)[:200], expected_kernel(kind, x, y)
+        moments, _ = spread_of(kind, squared_sum)
+        sample, truth = estimates(performer(kind), x, y, coupling, moments)[:200], expected_kernel(kind, x, y)
         if kind != "relu":
             np.testing.assert_allclose(truth, np.exp(x @ y))
         expect_mean(sample, truth)
@@ -100,8 +102,9 @@ def test_kernel_estimates_have_their_variance(kind, coupling):
             relative_variance(kind, x, y, features=M, coupling=coupling)
         return
     features = performer(kind).features
-    relative = relative_variance(kind, x, y, features=features, coupling=coupling, ratio=spread_ratio(kind))
-    sample, truth = estimates(performer(kind), x, y, coupling), relative * expected_kernel(kind, x, y) ** 2
+    moments, ratio = spread_of(kind, 1.0)
+    relative = relative_variance(kind, x, y, features=features, coupling=coupling, ratio=ratio)
+    sample, truth = estimates(performer(kind), x, y, coupling, moments), relative * expected_kernel(kind, x, y) ** 2
     expect_variance(sample, truth)
     with pytest.raises(AssertionError):  # a missing factor 2
         expect_variance(sample, truth / 2)
