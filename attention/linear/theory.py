@@ -51,7 +51,7 @@ def relative_variance(
     alone = _row_variance(kind, x, y, np.asarray(ratio)) / rows
     if coupling == "iid":
         return alone
-    if kind == "relu" or np.ndim(ratio) and np.shape(ratio)[-1] > 1:
+    if kind == "relu" or (np.ndim(ratio) and np.shape(ratio)[-1] > 1):
         raise ValueError(f"coupling is {coupling!r}: expected 'iid', the only one with a closed form for this {kind!r}")
     return alone + _pairs(rows, x.shape[-1]) / rows**2 * _pair_covariance(kind, coupling, x, y)
 
