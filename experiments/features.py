@@ -105,7 +105,7 @@ def estimates(method: attention.Performer, params, projections, query, key, temp
 
 
 def coordinates(kind: Kind, params, query, key, beta: float):
-    """Both tokens, the ratio, and what the mean of phi(x).phi(y) is multiplied by, as the kind has them at this beta."""
+    """Both tokens, the ratio, and the factor of the mean of phi(x).phi(y), as the kind has them at this beta."""
     root = math.sqrt(beta)
     constants = {name: np.asarray(value[0], np.float64) for name, value in params.constants.items()}
     if kind == "optimal":
