@@ -19,7 +19,7 @@ from rich.table import Table
 import attention
 from attention.inputs import prepare
 from attention.linear.couplings import Coupling, gaussian_rows
-from attention.linear.performer import Kind
+from attention.linear.kernel_maps import Kind
 from attention.linear.random_features import best_ratio
 from attention.linear.theory import expected_kernel, relative_variance
 from experiments.drawing import look
@@ -68,8 +68,8 @@ class Features:
                 closed = float(np.median(np.sqrt(variance)))
             square = ((x + y) ** 2).sum(-1)
             testable = bool(np.median(square) <= math.log(method.rows))
-            cells.append({"coupling": coupling, "kind": kind, "features": M, "temperature": temperature})
-            cells[-1] |= {"error": float(np.median(error)), "closed_form": closed, "testable": testable}
+            found = {"error": float(np.median(error)), "closed_form": closed, "testable": testable}
+            cells.append({"coupling": coupling, "kind": kind, "features": M, "temperature": temperature} | found)
         return cells
 
 

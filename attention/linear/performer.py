@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +10,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.inputs import Inputs
-from attention.linear import activations, random_features
+from attention.linear import activations
 from attention.linear.base import Linear
 from attention.linear.couplings import Coupling, gaussian_rows
 from attention.linear.engine import FeatureMap
-from attention.linear.state import HIGHEST, Features
+from attention.linear.kernel_maps import Kind, kernel_maps
 from attention.method import Capabilities, Cost, Params, check_positive
 
-Kind = Literal["positive", "trigonometric", "hyperbolic", "relu", "optimal", "data_dependent"]
 PAIRED = ("trigonometric", "hyperbolic")
 """Kinds that make two features of each row of W."""
-
-OF_A_TOKEN: dict[str, Callable[[Array, Array], Features]] = {
-    "positive": random_features.positive_features,
-    "trigonometric": random_features.trigonometric_features,
-    "hyperbolic": random_features.hyperbolic_features,
-    "relu": random_features.relu_features,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,45 +176,8 @@ class Performer(Linear):
         constants = {name: jnp.asarray(x, dtype) for name, x in params.constants.items()}
         self._check(constants, K, H)
         own = inputs.beta.ndim > 0 and G > 1  # a temperature for each head of a group
-        query, key = self._maps(constants, inputs.beta, K)
+        query, key = kernel_maps(self.kind, constants, inputs.beta, K)
         return FeatureMap(query=query, key=key, size=self.features, groups=G if own else 1)
-
-    def _maps(self, constants: dict[str, Array], beta: Float[Array, "..."], K: int):
-        """The features of queries, which carry beta, and of keys; both functions also take positions."""
-        projection, (down, up) = constants["projection"], _halves(beta)
-        if self.kind in OF_A_TOKEN:
-            features = OF_A_TOKEN[self.kind]
-            return (
-                lambda query, _: features(query * down, projection),
-                lambda key, _: features(key[:, :, None] * up, projection),
-            )
-        scale = _five_axes(beta)
-        spread = constants["spread"].reshape(1, -1, 1, 1, constants["spread"].shape[1] if self._directional else 1)
-        ratio = random_features.best_ratio(jnp.abs(scale) * spread)
-
-        def features(x):
-            return random_features.dense_exponential_features(x, projection, ratio)
-
-        if not self._directional:
-            return lambda query, _: features(query * down), lambda key, _: features(key[:, :, None] * up)
-        d, c = (constants[name][None, :, None, None] for name in ("query_mean", "key_mean"))
-        of_query, of_key = (_per_head(constants[name], K) for name in ("query_map", "key_map"))
-
-        # beta q.k = beta (q - d).(k - c) + beta q.c + beta d.(k - c).
-        def query(query, _):
-            found = features(of_query((query - scale * d) * down))
-            return found._replace(log_scale=found.log_scale + (query * c).sum(-1))
-
-        def key(key, _):
-            centred = key[:, :, None] - c
-            found = features(of_key(centred * up))
-            return found._replace(log_scale=found.log_scale + (scale * d * centred).sum(-1))
-
-        return query, key
-
-    @property
-    def _directional(self) -> bool:
-        return self.kind == "data_dependent"
 
     def _check(self, constants: dict[str, Array], K: int, H: int) -> None:
         shape, expected = constants["projection"].shape, (self.rows, H)
@@ -240,26 +194,5 @@ class Performer(Linear):
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """The engine's, and the projection of every query and key."""
         engine = super().cost(T, S, num_heads=num_heads, head_dim=head_dim, is_causal=is_causal)
-        products = self.rows * head_dim + (head_dim**2 if self._directional else 0)
+        products = self.rows * head_dim + (head_dim**2 if self.kind == "data_dependent" else 0)
         return engine._replace(flops=engine.flops + 2.0 * num_heads * (T + S) * products)
-
-
-def _per_head(matrices: Float[Array, "k H h"], K: int) -> Callable[[Array], Array]:
-    """The product of tokens `B K g C h` with the matrix of their key head."""
-    wide = jnp.broadcast_to(matrices, (K, *matrices.shape[1:]))
-    return lambda tokens: jnp.einsum("BKgCh,KHh->BKgCH", tokens, wide, precision=HIGHEST)
-
-
-def _halves(beta: Float[Array, "..."]) -> tuple[Array, Array]:
-    """What queries (which carry beta) and keys are multiplied by: 1 / sqrt|beta| and sqrt|beta|, 0 and 0 at 0.
-
-    Five axes, `1 K G 1 1` or all of size 1. The square root is guarded, so that its gradient at 0 is not NaN.
-    """
-    zero = beta == 0
-    root = jnp.sqrt(jnp.where(zero, 1, jnp.abs(beta)))
-    return _five_axes(jnp.where(zero, 0, 1 / root)), _five_axes(jnp.where(zero, 0, root))
-
-
-def _five_axes(beta: Float[Array, "..."]) -> Float[Array, "1 K G 1 1"]:
-    K, G = beta.shape if beta.ndim else (1, 1)
-    return beta.reshape(1, K, G, 1, 1)

@@ -4,8 +4,9 @@ Each function takes tokens `... H` and a projection W of rows N(0, I), and gives
 features. The exponential ones divide by their largest feature, which is then in log_scale, so that none overflows.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -80,10 +81,11 @@ def relu_features(x: Float[Array, "*N H"], projection: Float[Array, "M H"]) -> F
     return Features(features / jnp.sqrt(projection.shape[0]).astype(x.dtype), jnp.zeros(x.shape[:-1], x.dtype))
 
 
-def best_ratio(spread: Float[Array | np.ndarray, "*n"]) -> Float[Array | np.ndarray, "*n"]:
+def best_ratio(spread: Any) -> Any:
     """The ratio in (0, 1] that minimises the mean log second moment where the mean of (x_h + y_h)^2 is `spread`.
 
-    2 spread r^2 + (1 + 2 spread) r - 1 = 0; written so that nothing cancels, and 1 at a spread of 0.
+    2 spread r^2 + (1 + 2 spread) r - 1 = 0, written so that nothing cancels; 1 at a spread of 0. Arrays are of JAX or
+    NumPy.
     """
     b = 1 + 2 * spread
     return 2 / (b + (b * b + 8 * spread) ** 0.5)

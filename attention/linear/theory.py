@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from attention.linear.couplings import Coupling
-from attention.linear.performer import PAIRED, Kind
+from attention.linear.kernel_maps import Kind
+from attention.linear.performer import PAIRED
 from attention.linear.random_features import RELU_FLOOR, best_ratio
 
 Tokens = Float[np.ndarray, "... H"]
