@@ -34,10 +34,14 @@ def gaussian_rows(coupling: Coupling, rng: Array, shape: tuple[int, int]) -> Flo
 
 def _simplex(H: int) -> Float[Array, "H H"]:
     """H unit vectors, every two at the cosine -1 / (H - 1): the unit vectors less their mean."""
-    return (jnp.eye(H) - 1 / H) * (H / max(H - 1, 1)) ** 0.5 if H > 1 else jnp.eye(1)
+    return (_identity(H) - 1 / H) * (H / (H - 1)) ** 0.5 if H > 1 else _identity(1)
 
 
-BLOCKS: dict[str, Callable[[int], Float[Array, "H H"]]] = {"orthogonal": jnp.eye, "simplex": _simplex}
+def _identity(H: int) -> Float[Array, "H H"]:
+    return jnp.eye(H, dtype=jnp.float32)  # in float32 under any setting, so that a key means the same rows everywhere
+
+
+BLOCKS: dict[str, Callable[[int], Float[Array, "H H"]]] = {"orthogonal": _identity, "simplex": _simplex}
 
 
 def _turned(rng: Array, shape: tuple[int, int], block: Float[Array, "H H"]) -> Float[Array, "M H"]:
@@ -48,6 +52,6 @@ def _turned(rng: Array, shape: tuple[int, int], block: Float[Array, "H H"]) -> F
     # Times the signs of the triangle's diagonal, the factor is uniform over rotations (Mezzadri, math-ph/0609050).
     signs = jnp.where(jnp.diagonal(triangle, axis1=-2, axis2=-1) < 0, -1, 1).astype(jnp.float32)
     rotation = square * signs[:, None, :]
-    rows = jnp.einsum("ij,njh->nih", block.astype(jnp.float32), rotation, precision="highest")
+    rows = jnp.einsum("ij,njh->nih", block, rotation, precision="highest")
     norms = jnp.linalg.norm(jax.random.normal(lengths, (M, H), jnp.float32), axis=-1, keepdims=True)
     return rows.reshape(-1, H)[:M] * norms
