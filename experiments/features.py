@@ -24,11 +24,17 @@ from attention.linear.random_features import best_ratio
 from attention.linear.theory import expected_kernel, relative_variance
 from experiments.drawing import look
 
+LABELS = {"relu": "relu (its own kernel)"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """Relative error of the kernel estimate over the number of features, for every kind and coupling."""
+    """Relative error of the kernel estimate over the number of features; of `relu`, of its own kernel."""
 
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    """Kinds of features."""
+    couplings: tuple[Coupling, ...] = get_args(Coupling)
+    """Couplings of the rows of W."""
     numbers: tuple[int, ...] = (16, 64, 256, 1024)
     """Features, M, even."""
     temperatures: tuple[float, ...] = (2.0, 4.0, 8.0)
@@ -44,7 +50,7 @@ class Features:
 
     def measured(self) -> list[dict[str, Any]]:
         sample, tokens = (activations(seed, n, self.head_size) for seed, n in ((1, 4096), (2, self.pairs)))
-        axes = list(itertools.product(get_args(Coupling), get_args(Kind), self.numbers))
+        axes = list(itertools.product(self.couplings, self.kinds, self.numbers))
         console = Console(stderr=True)
         steps = track(axes, "measuring", console=console, disable=not console.is_terminal)
         return [cell for step in steps for cell in self._cells(*step, sample, tokens)]
@@ -146,7 +152,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
 def _draw(panel, cells: list[dict[str, Any]], colour: str, marker: str) -> None:
     closed = [cell for cell in cells if cell["closed_form"] is not None]
     panel.plot([c["features"] for c in closed], [c["closed_form"] for c in closed], color=colour, linewidth=1)
-    panel.plot([], [], color=colour, marker=marker, label=cells[0]["kind"])
+    panel.plot([], [], color=colour, marker=marker, label=LABELS.get(cells[0]["kind"], cells[0]["kind"]))
     for full in (True, False):  # hollow where |x + y|^2 > ln m: so few draws do not show the mean there
         those = [cell for cell in cells if cell["testable"] is full]
         fill = colour if full else "white"
