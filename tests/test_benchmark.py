@@ -42,7 +42,7 @@ def test_decoding_and_memory_are_measured(tmp_path, capsys):
 
 
 def test_random_features_are_measured_beside_their_closed_forms(tmp_path, capsys):
-    """The standard error of a variance from 400 draws is 7% and more where tails are heavy: a factor of 2 is beyond it."""
+    """The standard error of a variance from 400 draws is 7%, more where tails are heavy: 2 is beyond it."""
     axes = "--kinds data_dependent --couplings iid --numbers 16 --temperatures 8 --head-size 4 --pairs 3"
     benchmark.main(["features", *axes.split(), "--out", str(tmp_path / "features")])
     (cell,) = json.loads((tmp_path / "features" / "results.json").read_text())["cells"]
