@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import matplotlib as mpl
+import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 import attention
-from experiments import memory, race, throughput
+from experiments import features, memory, race, throughput
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment
@@ -58,6 +60,12 @@ class Exact:
 
     def contestants(self, cell: Cell) -> dict[str, Contestant]:
         return {self.mine: ours(cell, attention.Chunked())} | peers(cell)
+
+    def measured(self) -> list[dict[str, Any]]:
+        """One row a cell."""
+        console = Console(stderr=True)
+        cells = track(self.cells(), "measuring", console=console, disable=not console.is_terminal)
+        return [race.raced(cell, self.contestants(cell), self.mine, self.rounds, self.seconds) for cell in cells]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,18 +125,16 @@ Benchmark = (
     | Annotated[Fused, tyro.conf.subcommand("fused")]
     | Annotated[memory.Memory, tyro.conf.subcommand("memory")]
     | Annotated[throughput.Throughput, tyro.conf.subcommand("throughput")]
+    | Annotated[features.Features, tyro.conf.subcommand("features")]
 )
 
 
-def run(benchmark: Exact) -> list[dict[str, Any]]:
-    """Measures every cell and writes what was found."""
-    console = Console(stderr=True)
-    steps = track(benchmark.cells(), "measuring", console=console, disable=not console.is_terminal)
-    mine, rounds, limit = benchmark.mine, benchmark.rounds, benchmark.seconds
-    results = [race.raced(cell, benchmark.contestants(cell), mine, rounds, limit) for cell in steps]
-    written(benchmark, results, race.figure(results, mine))
-    Console().print(race.table(results, mine))
-    return results
+def drawn(benchmark: Any, results: list[dict[str, Any]]) -> tuple[Figure, Table]:
+    """The results as a figure and as a table: by `race`, or by the module of a benchmark that is none."""
+    if isinstance(benchmark, Exact):
+        return race.figure(results, benchmark.mine), race.table(results, benchmark.mine)
+    module = sys.modules[type(benchmark).__module__]
+    return module.figure(results), module.table(results)
 
 
 def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> None:
@@ -157,16 +163,14 @@ def _environment() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
     benchmark = tyro.cli(Benchmark, args=arguments, description=__doc__, prog="python -m experiments.benchmark")
-    lengths = getattr(benchmark, "lengths", (1,))
-    if not lengths or min(lengths) < 1 or getattr(benchmark, "rounds", 1) < 1:
-        sys.exit(f"lengths and rounds of {benchmark}: expected numbers of at least 1")
-    if isinstance(benchmark, Exact):
-        run(benchmark)
-        return
-    kind = memory if isinstance(benchmark, memory.Memory) else throughput
+    for name in ("lengths", "numbers", "rounds"):
+        counts = np.atleast_1d(getattr(benchmark, name, 1))
+        if not counts.size or counts.min() < 1:
+            sys.exit(f"{name} is {getattr(benchmark, name)}: expected numbers of at least 1")
     results = benchmark.measured()
-    written(benchmark, results, kind.figure(results))
-    Console().print(kind.table(results))
+    figure, table = drawn(benchmark, results)
+    written(benchmark, results, figure)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,17 @@ def test_decoding_and_memory_are_measured(tmp_path, capsys):
     assert "temporaries" in capsys.readouterr().out
 
 
+def test_random_features_are_measured_beside_their_closed_forms(tmp_path, capsys):
+    """The standard error of a variance from 400 draws is 7%, more where tails are heavy: 2 is beyond it."""
+    axes = "--kinds data_dependent --couplings iid --numbers 16 --temperatures 8 --head-size 4 --pairs 3"
+    benchmark.main(["features", *axes.split(), "--out", str(tmp_path / "features")])
+    (cell,) = json.loads((tmp_path / "features" / "results.json").read_text())["cells"]
+    assert cell["testable"]
+    assert 0.5 <= (cell["error"] / cell["closed_form"]) ** 2 <= 2
+    assert (tmp_path / "features" / "features.png").exists()
+    assert "closed form" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_contestants_answer_the_same_question(gradient, causal):

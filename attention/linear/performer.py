@@ -1,6 +1,8 @@
-"""Softmax attention by positive orthogonal random features."""
+"""Softmax attention by random features of every kind."""
 
 import dataclasses
+import math
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,127 +10,189 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.inputs import Inputs
+from attention.linear import activations
 from attention.linear.base import Linear
+from attention.linear.couplings import Coupling, gaussian_rows
 from attention.linear.engine import FeatureMap
-from attention.linear.state import HIGHEST, Features
+from attention.linear.kernel_maps import Kind, kernel_maps
 from attention.method import Capabilities, Cost, Params, check_positive
+
+PAIRED = ("trigonometric", "hyperbolic")
+"""Kinds that make two features of each row of W."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Performer(Linear):
-    r"""Softmax attention by positive random features (FAVOR+), in time linear in length.
+    r"""Softmax attention by random features, in time linear in length.
 
-        e^{x.y} = E[phi(x).phi(y)],    phi(x) = e^{W x - |x|^2 / 2} / sqrt(M),
+        e^{x.y} = E[phi(x).phi(y)],    x = beta q / sqrt|beta|,    y = k sqrt|beta|,
 
-    with x = beta q / sqrt|beta| and y = k sqrt|beta|, so that x.y is the logit and each carries half of the
-    temperature: neither depends on the data, nor on the other side. The M rows of W are N(0, I), independent
-    or orthogonal in blocks of H; one W serves all heads. At beta = 0 all features are equal and the output is
-    the mean over the visible keys. The sign of a negative beta stays with the query.
+    so that x.y is the logit and each carries half of the temperature: neither depends on the data, nor on the other
+    side. W has rows N(0, I); one W serves all heads. The kinds differ in phi (the document of each function in
+    `attention.linear.random_features` has the formula):
 
-    Cost: 2 M (2 H + E) operations a token, and where causal 2 C (M + E) more; a state of M (E + 1) numbers.
-    Error bound: no bound known. The kernel is unbiased with relative variance (e^{|x+y|^2} - 1) / M for
-    independent rows and no more for orthogonal ones, so the features needed grow as e^{1/temperature}.
-    Where every product of features in a row underflows (logits of hundreds) the estimate is lost: the row is 0,
-    and `jax.experimental.checkify` reports it.
+    - `positive` (FAVOR+), `hyperbolic` (two features a row, of w and -w), and `trigonometric`, whose features have
+      either sign, so that a denominator can vanish or be negative;
+    - `optimal` (FAVOR++): positive features of wider rows, by as much as is best for |x + y|^2 = beta H spread;
+    - `data_dependent` (FAVOR#): the same for each coordinate by itself, in coordinates in which queries and keys have
+      mean 0 and equal, diagonal covariances. What the means leave out, q.c and d.k, is put back exactly;
+    - `relu`: another kernel than softmax, without exponentials.
+
+    The last statistics are constants of `params`: of standard normal activations, or of a sample by `fitted`. They
+    follow beta inside the call. At beta = 0 all features are equal, and the output is the mean over the visible keys.
+
+    Cost: 2 M (2 H + E) operations a token (3 H / 2 + E where two features share a row; 2 H^2 more if data-dependent),
+    and where causal 2 C (M + E) more; a state of M (E + 1) numbers.
+    Error bound: no bound known for the output that is finite at useful temperatures; `docs/bounds.md` says why. The
+    kernel estimate is unbiased for every kind but `relu`, under every coupling, and `attention.linear.theory` has
+    its variance: (e^{|x+y|^2} - 1) / M relative to e^{2 x.y} for positive features, so that the features needed
+    (`attention.linear.features_needed`) grow as e^{1 / temperature}. Where every product of features in a row
+    underflows (logits of hundreds) the estimate is lost: the row is 0, and `jax.experimental.checkify` reports it.
 
     Attributes:
-        features: M.
-        orthogonal: whether W is orthogonal in blocks (section 3 of the paper), or independent.
+        kind: which phi.
+        coupling: how the rows of W depend on each other: `attention.linear.couplings`.
+        features: M, even where two features share a row.
         chunk: C.
 
     References:
-        Choromanski et al., "Rethinking attention with Performers", arXiv 2009.14794, sections 2.3 and 2.4.
+        Choromanski et al., "Rethinking attention with Performers", arXiv 2009.14794, sections 2.3 and 2.4;
+        Likhosherstov et al., "Chefs' random tables", arXiv 2205.15317, section 3 (`optimal`); Likhosherstov et al.,
+        "FAVOR#", arXiv 2302.00787, section 3 (`data_dependent`); Reid et al., "Simplex random features", arXiv
+        2301.13856, section 3.
     """
 
+    kind: Kind = "positive"
+    coupling: Coupling = "orthogonal"
     features: int = 256
-    orthogonal: bool = True
 
     capabilities = Capabilities(causal=True, lengths=True, cross=True, decoding=True, random=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "features")
+        for field, choices in (("kind", get_args(Kind)), ("coupling", get_args(Coupling))):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"Performer.{field} is {getattr(self, field)!r}: expected one of {choices}")
+        if self.kind in PAIRED and self.features % 2:
+            raise ValueError(f"Performer.features is {self.features}: expected an even number for kind={self.kind!r}")
+        if self.kind == "trigonometric":
+            # Numerators and denominators cancel, by as much as chance has it: no multiple of a bound holds.
+            unbounded = dataclasses.replace(type(self).capabilities, rounding=math.inf)
+            object.__setattr__(self, "capabilities", unbounded)
 
     @classmethod
     def examples(cls) -> "tuple[Performer, ...]":
-        return (cls(features=24, chunk=5),)
+        return (
+            cls(features=24, chunk=5),
+            cls(kind="trigonometric", coupling="simplex", features=256, chunk=5),
+            cls(kind="data_dependent", coupling="iid", features=24, chunk=5),
+        )
 
     def ladder(self, length: int) -> "tuple[Performer, ...]":
         del length
+        if self.kind == "relu":
+            return ()
         return tuple(dataclasses.replace(self, features=features) for features in (16, 128, 1024))
 
     def num_features(self, head_dim: int) -> int:
         del head_dim
         return self.features
 
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return self.features // 2 if self.kind in PAIRED else self.features
+
     def init(self, rng: Array | None, *, num_heads: int, head_dim: int) -> Params:
-        """Draws W, `M H` in float32 whatever the dtype of the operands, from `rng` alone."""
+        """Draws W in float32 whatever the dtype of the operands, from `rng` alone; statistics are the standard ones."""
         del num_heads
         if rng is None:
             raise ValueError("Performer.init: rng is None: expected a key, since the projection is drawn from it")
-        draw = orthogonal_gaussian if self.orthogonal else jax.random.normal
-        return Params(constants={"projection": draw(rng, (self.features, head_dim), jnp.float32)})
+        constants = {"projection": gaussian_rows(self.coupling, rng, (self.rows, head_dim))}
+        if self.kind == "optimal":
+            constants |= activations.standard_spread()
+        if self.kind == "data_dependent":
+            constants |= activations.standard_geometry(head_dim)
+        return Params(constants=constants)
+
+    def redrawn(self, params: Params, rng: Array, *, step: Any, every: int) -> Params:
+        """The params with the W of a training step: another one every `every` steps, a function of rng and step alone.
+
+            W = draw(fold_in(rng, step // every))
+
+        `step` may be traced: all steps share one program, which draws where step is a multiple of `every` and keeps
+        what it was given elsewhere. Statistics are kept. Call it before each step with what the last one returned; a
+        run that resumes from saved params, or at a multiple of `every`, then has the same W. The states of a
+        sequence that is being decoded belong to the W that they were made with.
+
+        Args:
+            params: what `init`, `fitted` or `redrawn` returned.
+            rng: a key, the same for all steps.
+            step: the number of the step.
+            every: steps between draws.
+
+        Raises:
+            ValueError: `every` is no positive integer.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"Performer.redrawn: every is {every!r}: expected an integer of at least 1")
+        old, step = params.constants["projection"], jnp.asarray(step)
+
+        def drawn():
+            return gaussian_rows(self.coupling, jax.random.fold_in(rng, step // every), old.shape).astype(old.dtype)
+
+        projection = lax.cond(step % every == 0, drawn, lambda: old)
+        return params._replace(constants={**params.constants, "projection": projection})
+
+    def fitted(self, params: Params, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"]) -> Params:
+        """The params with the statistics of sample activations, one set a key head, for the call's own temperature.
+
+        Attention with them is as causal as before: nothing is fitted inside a call.
+
+        Args:
+            params: what `init` or `redrawn` returned.
+            query, key: activations as `attention.dot_product_attention` takes them.
+
+        Raises:
+            ValueError: the kind has no statistics, or the heads do not match.
+        """
+        samples = {"optimal": activations.sample_spread, "data_dependent": activations.sample_geometry}
+        if self.kind not in samples:
+            raise ValueError(f"Performer.fitted: kind is {self.kind!r}: expected one of {tuple(samples)}")
+        B, T, N, H = query.shape
+        K = key.shape[2]
+        if N % K:
+            raise ValueError(f"query has {N} heads: expected a multiple of the {K} heads of key")
+        wide = jnp.float32
+        grouped = query.astype(wide).reshape(B, T, K, N // K, H)
+        return params._replace(constants={**params.constants, **samples[self.kind](grouped, key.astype(wide))})
 
     def feature_map(self, inputs: Inputs) -> FeatureMap:
-        head_dim, dtype = inputs.query.shape[-1], inputs.query.dtype
+        (_, K, G, _, H), dtype = inputs.query.shape, inputs.query.dtype
         params = inputs.params
         if params is None:
-            params = self.init(inputs.rng, num_heads=inputs.query.shape[1], head_dim=head_dim)
-        projection = params.constants["projection"]
-        if projection.shape != (self.features, head_dim):
-            raise ValueError(
-                f"params: the projection has shape {projection.shape}: expected {(self.features, head_dim)}; "
-                f"pass what this method's init(rng, num_heads=, head_dim={head_dim}) returns"
-            )
-        projection = projection.astype(dtype)
-        own = inputs.beta.ndim > 0 and inputs.query.shape[2] > 1  # a temperature for each head of a group
-        down, up = _halves(inputs.beta)
+            params = self.init(inputs.rng, num_heads=K * G, head_dim=H)
+        constants = {name: jnp.asarray(x, dtype) for name, x in params.constants.items()}
+        self._check(constants, K, H)
+        own = inputs.beta.ndim > 0 and G > 1  # a temperature for each head of a group
+        query, key = kernel_maps(self.kind, constants, inputs.beta, K)
+        return FeatureMap(query=query, key=key, size=self.features, groups=G if own else 1)
 
-        def query(x, position):
-            del position
-            return positive_features(x * down, projection)
-
-        def key(y, position):
-            del position
-            return positive_features(y[:, :, None] * up, projection)
-
-        return FeatureMap(query=query, key=key, size=self.features, groups=inputs.query.shape[2] if own else 1)
+    def _check(self, constants: dict[str, Array], K: int, H: int) -> None:
+        shape, expected = constants["projection"].shape, (self.rows, H)
+        returned = f"pass what this method's init(rng, num_heads=, head_dim={H}) returns"
+        if shape != expected:
+            raise ValueError(f"params: the projection has shape {shape}: expected {expected}; {returned}")
+        needed = {"optimal": activations.standard_spread(), "data_dependent": activations.standard_geometry(H)}
+        for name, standard in needed.get(self.kind, {}).items():
+            found = constants[name].shape if name in constants else None
+            if found is None or found[0] not in (1, K) or found[1:] != standard.shape[1:]:
+                shapes = f"{standard.shape} or {(K, *standard.shape[1:])}"
+                raise ValueError(f"params: {name} has shape {found}: expected {shapes}; {returned}, or fitted")
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """The engine's, and the projection of every query and key."""
         engine = super().cost(T, S, num_heads=num_heads, head_dim=head_dim, is_causal=is_causal)
-        return engine._replace(flops=engine.flops + 2.0 * num_heads * (T + S) * self.features * head_dim)
-
-
-def positive_features(x: Float[Array, "*N H"], projection: Float[Array, "M H"]) -> Features:
-    """phi(x) = e^{W x - |x|^2 / 2} / sqrt(M); the largest feature of a token is 1, the rest is in its log_scale."""
-    exponents = jnp.einsum("...H,MH->...M", x, projection, precision=HIGHEST)
-    top = lax.stop_gradient(exponents.max(-1))  # it cancels in phi
-    log_scale = top - (x * x).sum(-1) / 2 - jnp.log(projection.shape[0]) / 2
-    return Features(jnp.exp(exponents - top[..., None]), log_scale.astype(x.dtype))
-
-
-def orthogonal_gaussian(rng: Array, shape: tuple[int, int], dtype=jnp.float32) -> Float[Array, "M H"]:
-    """Rows N(0, I), orthogonal to the others of their block of H; norms are independent, chi-distributed.
-
-    Rows beyond the last full block are the first of another one. Memory O(M H), time O(M H^2).
-    """
-    M, H = shape
-    directions, lengths = jax.random.split(rng)
-    square, triangle = jnp.linalg.qr(jax.random.normal(directions, (-(-M // H), H, H), dtype))
-    # Times the signs of the triangle's diagonal, the factor is uniform over rotations (Mezzadri, math-ph/0609050).
-    signs = jnp.where(jnp.diagonal(triangle, axis1=-2, axis2=-1) < 0, -1, 1).astype(dtype)
-    rows = (square * signs[:, None, :]).reshape(-1, H)[:M]
-    return rows * jnp.linalg.norm(jax.random.normal(lengths, (M, H), dtype), axis=-1, keepdims=True)
-
-
-def _halves(beta: Float[Array, "..."]) -> tuple[Array, Array]:
-    """What queries (which carry beta) and keys are multiplied by: 1 / sqrt|beta| and sqrt|beta|, 0 and 0 at 0.
-
-    Five axes, `1 K G 1 1` or all of size 1. The square root is guarded, so that its gradient at 0 is not NaN.
-    """
-    zero = beta == 0
-    root = jnp.sqrt(jnp.where(zero, 1, jnp.abs(beta)))
-    down, up = jnp.where(zero, 0, 1 / root), jnp.where(zero, 0, root)
-    K, G = beta.shape if beta.ndim else (1, 1)
-    return down.reshape(1, K, G, 1, 1), up.reshape(1, K, G, 1, 1)
+        products = self.rows * head_dim + (head_dim**2 if self.kind == "data_dependent" else 0)
+        return engine._replace(flops=engine.flops + 2.0 * num_heads * (T + S) * products)

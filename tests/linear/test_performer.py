@@ -1,4 +1,7 @@
-"""The kernel estimate against its closed forms (Choromanski et al., arXiv 2009.14794, Lemma 2 and Theorem 2)."""
+"""Performer as a method: its constants, how they are drawn, redrawn and fitted, and what they may not depend on.
+
+The kernel estimates themselves are tested in `test_random_features.py`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,97 +9,35 @@ import numpy as np
 import pytest
 
 from attention import Performer, dot_product_attention
-from attention.linear.performer import orthogonal_gaussian, positive_features
+from attention.linear.couplings import gaussian_rows
+from attention.linear.random_features import positive_features
+from attention.testing import LAWS
+from attention.testing.law import counted_compilations
 
-H = M = 16  # as many features as dimensions: one orthogonal block, for which the theorem speaks
-
-
-def tokens(squared_sum: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two tokens with |x + y|^2 = squared_sum, where the estimate can be tested: at most ln M."""
-    assert squared_sum <= np.log(M)
-    x, y = np.random.default_rng(0).standard_normal((2, H)) * [[1.0], [0.5]]
-    return tuple(z * np.sqrt(squared_sum) / np.linalg.norm(x + y) for z in (x, y))
-
-
-def projections(method: Performer, draws: int, seed: int = 1) -> jax.Array:
-    def draw(key):
-        return method.init(key, num_heads=1, head_dim=H).constants["projection"]
-
-    return jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(seed), draws))
-
-
-def phi(x, projection) -> np.ndarray:
-    mapped = positive_features(jnp.asarray(x, jnp.float32)[None], projection)
-    return np.exp(np.asarray(mapped.log_scale, np.float64))[..., None] * np.asarray(mapped.features, np.float64)
-
-
-def estimates(method: Performer, x, y, draws: int, distort=1.0) -> np.ndarray:
-    """phi(x).phi(y) for `draws` projections; `distort` multiplies |x|^2 / 2, 1 where the method is right."""
-    wrong = np.exp((1 - distort) * (x @ x + y @ y) / 2)
-    kernel = jax.vmap(lambda w: jnp.stack([jnp.exp(f.log_scale)[..., None] * f.features for f in both(x, y, w)]))
-    features = np.asarray(jax.jit(kernel)(projections(method, draws)), np.float64)
-    return (features[:, 0, 0] * features[:, 1, 0]).sum(-1) * wrong
-
-
-def both(x, y, projection):
-    return (positive_features(jnp.asarray(z, jnp.float32)[None], projection) for z in (x, y))
-
-
-def expect_unbiased(sample: np.ndarray, truth: float) -> None:
-    standard_error = sample.std(ddof=1) / np.sqrt(sample.size)
-    assert abs(sample.mean() - truth) <= 4 * standard_error
+H = 16
 
 
 def test_features_are_the_formula():
     """W x has H products of size |w||x|: off by (H + 2) u |w||x| in the exponent, and e^a by 2 u more."""
-    x, y = (10 * z for z in tokens(2.0))
-    w = projections(Performer(features=M), 1)[0]
-    for z in (x, y):
+    w = jax.random.normal(jax.random.key(1), (H, H))
+    for z in 10 * np.random.default_rng(0).standard_normal((2, H)) / H**0.5:
+        mapped = positive_features(jnp.asarray(z, jnp.float32)[None], w)
+        found = np.exp(np.asarray(mapped.log_scale, np.float64)) * np.asarray(mapped.features, np.float64)[0]
         w64, z32 = np.asarray(w, np.float64), np.asarray(z, np.float32).astype(np.float64)
-        naive = np.exp(w64 @ z32 - z32 @ z32 / 2) / np.sqrt(M)
         size = np.linalg.norm(w64, axis=1).max() * np.linalg.norm(z32) + z32 @ z32
-        np.testing.assert_allclose(phi(z, w)[0], naive, rtol=2 * (H + 4) * 2.0**-24 * size)
+        naive = np.exp(w64 @ z32 - z32 @ z32 / 2) / np.sqrt(H)
+        np.testing.assert_allclose(found, naive, rtol=2 * (H + 4) * 2.0**-24 * size)
 
 
-@pytest.mark.parametrize("orthogonal", [True, False])
-@pytest.mark.parametrize("squared_sum", [0.5, 2.5])
-def test_kernel_estimate_is_unbiased(orthogonal, squared_sum):
-    x, y = tokens(squared_sum)
-    method = Performer(features=M, orthogonal=orthogonal)
-    expect_unbiased(estimates(method, x, y, 200), np.exp(x @ y))
-    with pytest.raises(AssertionError):  # a missing factor 2
-        expect_unbiased(estimates(method, x, y, 200, distort=2.0), np.exp(x @ y))
-
-
-def closed_form(x, y) -> float:
-    """MSE of independent positive features."""
-    s = (x + y) @ (x + y)
-    return np.exp(s) * np.exp(2 * x @ y) * -np.expm1(-s) / M
-
-
-def test_independent_features_have_the_variance_of_the_closed_form():
-    """20% is 4 standard errors: at |x + y|^2 = 1 a term's excess kurtosis is 111, that of the mean of M 111 / M."""
-    x, y = tokens(1.0)
-    draws = 4000
-    assert 4 * np.sqrt((2 + 111 / M) / draws) <= 0.2
-    variance = estimates(Performer(features=M, orthogonal=False), x, y, draws).var(ddof=1)
-    assert abs(variance / closed_form(x, y) - 1) <= 0.2
-
-
-def test_orthogonal_features_vary_less_than_their_theorem_allows():
-    x, y = tokens(1.0)
-    kernel = np.exp(x @ y)
-    gain = 2 * (M - 1) / (M * (H + 2)) * (kernel - np.exp(-(x @ x + y @ y) / 2)) ** 2
-    assert estimates(Performer(features=M), x, y, 4000).var(ddof=1) <= closed_form(x, y) - gain
-
-
-def test_projection_is_orthogonal_in_blocks_with_chi_norms():
-    rows = np.asarray(orthogonal_gaussian(jax.random.key(3), (200 * H + 5, H)), np.float64)
+@pytest.mark.parametrize(("coupling", "cosine"), [("orthogonal", 0.0), ("simplex", -1 / (H - 1))])
+def test_rows_stand_at_their_angle_in_blocks_with_chi_norms(coupling, cosine):
+    rows = np.asarray(gaussian_rows(coupling, jax.random.key(3), (200 * H + 5, H)), np.float64)
     assert rows.shape == (200 * H + 5, H)
     for block in (rows[:H], rows[H : 2 * H], rows[-5:]):
         unit = block / np.linalg.norm(block, axis=1, keepdims=True)
         # Householder QR is orthogonal to about H^1.5 u.
-        np.testing.assert_allclose(unit @ unit.T, np.eye(len(block)), atol=4 * H**1.5 * 2.0**-24)
+        angles = np.where(np.eye(len(block)) == 1, 1, cosine)
+        np.testing.assert_allclose(unit @ unit.T, angles, atol=4 * H**1.5 * 2.0**-24)
     squared = (rows**2).sum(1)  # chi-squared with H degrees: mean H, variance 2 H, standard error of it 2 H sqrt(...)
     assert abs(squared.mean() - H) <= 4 * np.sqrt(2 * H / len(rows))
     assert abs(squared.var() / (2 * H) - 1) <= 4 * np.sqrt((2 + 12 / H) / len(rows))
@@ -136,10 +77,92 @@ def test_error_falls_as_one_over_the_root_of_the_features():
     assert 8 / 1.5 <= error(16) / error(1024) <= 8 * 1.5
 
 
-@pytest.mark.parametrize("fields", [{"features": 0}, {"chunk": -1}, {"chunk": True}])
+@pytest.mark.parametrize("kind", ["hyperbolic", "relu", "optimal"])
+def test_kinds_that_no_example_has_are_causal_bit_for_bit(kind):
+    LAWS["the_future_does_not_exist"](Performer(kind=kind, features=24, chunk=5))
+
+
+def test_fitted_statistics_are_those_of_each_head_and_causal():
+    """Heads that have been fitted apart are what each is by itself, and no future token reaches the past."""
+    method = Performer(kind="data_dependent", features=24, chunk=5)
+    rng = np.random.default_rng(9)
+    query, key, value = (rng.standard_normal((1, 13, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    key = key * np.array([[0.5], [2.0]], np.float32) + 1
+    drawn = method.init(jax.random.key(2), num_heads=4, head_dim=8)
+    params = method.fitted(drawn, jnp.asarray(query), jnp.asarray(key))
+    scale = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+
+    @jax.jit
+    def attend(query, key, value, scale, params):
+        return dot_product_attention(
+            query, key, value, method=method, params=params, scale=scale, temperature=2.0, is_causal=True
+        )
+
+    whole = np.asarray(attend(query, key, value, scale, params))
+    later = np.arange(13)[:, None, None] >= 6
+    for factor in (2, 40, 1e4):
+        changed = (np.where(later, np.float32(factor) * x, x) for x in (query, key, value))
+        np.testing.assert_array_equal(np.asarray(attend(*changed, scale, params))[:, :6], whole[:, :6])
+    for head in (0, 1):
+        own = slice(2 * head, 2 * head + 2)
+        alone = method.fitted(drawn, jnp.asarray(query[:, :, own]), jnp.asarray(key[:, :, head : head + 1]))
+        for name in ("query_mean", "key_mean", "spread"):  # the signs of the maps' rows are free
+            np.testing.assert_allclose(alone.constants[name][0], params.constants[name][head], rtol=1e-3, atol=1e-4)
+        constants = {n: x if n == "projection" else x[head : head + 1] for n, x in params.constants.items()}
+        tokens = (query[:, :, own], key[:, :, head : head + 1], value[:, :, head : head + 1])
+        output = attend(*tokens, scale[own], params._replace(constants=constants))
+        # The same sums in another order: features of exponents up to 30, each good to 30 u, over 13 keys.
+        np.testing.assert_allclose(output, whole[:, :, own], atol=13 * 30 * 2.0**-24 * np.abs(value).max(), rtol=0)
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    query = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="kind is 'positive': expected one of"):
+        Performer().fitted(Performer().init(jax.random.key(0), num_heads=2, head_dim=8), query, query)
+    method = Performer(kind="optimal", features=24)
+    drawn = method.init(jax.random.key(0), num_heads=2, head_dim=8)
+    three = drawn._replace(constants={**drawn.constants, "spread": jnp.ones(3)})
+    for params in (three, Performer(features=24).init(jax.random.key(0), num_heads=2, head_dim=8)):
+        with pytest.raises(ValueError, match=r"params: spread has shape .*: expected \(1,\) or \(2,\)"):
+            dot_product_attention(query, query, query, method=method, params=params)
+
+
+def test_redrawing_follows_the_step_and_the_key_alone():
+    """Another W every 3 steps, the same from whatever params, in one program; what was fitted stays."""
+    method, rng = Performer(kind="optimal", features=24), jax.random.key(4)
+    params = method.init(jax.random.key(5), num_heads=2, head_dim=8)
+    redraw = jax.jit(lambda params, rng, step: method.redrawn(params, rng, step=step, every=3))
+    found = []
+    for step in range(7):
+        with counted_compilations() as count:
+            params = redraw(params, rng, jnp.asarray(step))
+        assert step == 0 or not count
+        found.append(np.asarray(params.constants["projection"]))
+    for step, projection in enumerate(found):
+        np.testing.assert_array_equal(projection, found[step // 3 * 3])
+    assert not np.array_equal(found[0], found[3])
+    assert not np.array_equal(found[3], found[6])
+    other = method.init(jax.random.key(6), num_heads=2, head_dim=8)
+    np.testing.assert_array_equal(redraw(other, rng, jnp.asarray(3)).constants["projection"], found[3])
+    np.testing.assert_array_equal(params.constants["spread"], other.constants["spread"])
+    with pytest.raises(ValueError, match="every is 0"):
+        method.redrawn(params, rng, step=0, every=0)
+
+
+BAD = [{"features": 0}, {"chunk": -1}, {"chunk": True}, {"features": 7, "kind": "hyperbolic"}]
+
+
+@pytest.mark.parametrize("fields", BAD)
 def test_bad_fields_are_named(fields):
     with pytest.raises(ValueError, match=f"Performer.{next(iter(fields))} is"):
         Performer(**fields)
+
+
+@pytest.mark.parametrize("field", ["kind", "coupling"])
+def test_bad_choices_are_named(field):
+    """By the check of types, which comes first where the tests switch it on, or else by the class."""
+    with pytest.raises((TypeError, ValueError), match=rf"(?s){field}.*cubic"):
+        Performer(**{field: "cubic"})
 
 
 def test_bad_constants_are_named():
