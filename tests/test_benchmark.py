@@ -84,3 +84,21 @@ def test_help_names_every_benchmark_and_option(capsys):
 def test_impossible_lengths_end_with_a_message():
     with pytest.raises(SystemExit, match="expected numbers of at least 1"):
         benchmark.main(["exact", "--lengths", "0"])
+
+
+def test_a_trainers_speed_is_measured(tmp_path):
+    small = (
+        "--model.layers 1 --model.width 16 --model.heads 2 --model.kv-heads 2 --model.mlp-width 16 --model.context 16"
+    )
+    out = tmp_path / "throughput"
+    benchmark.main(
+        ["throughput", *small.split(), "--batch", "2", "--methods", "Exact", "--rounds", "2", "--out", str(out)]
+    )
+    ours, *theirs = json.loads((out / "results.json").read_text())["cells"]
+    assert ours["contestant"] == "Exact()"
+    assert ours["tokens_per_second"]["median"] == pytest.approx(2 * 16 / ours["seconds"]["median"])
+    # The definition: of each layer 7 products of N H T (T + 1) / 2 with tiles, and 3 of every weight.
+    tiles, weights = 7 * 16 * 16 * 17 / 2, 3 * 16 * (4 * 16**2 + 3 * 16**2 + 16 * 256)
+    assert ours["attention_share_of_operations"] == pytest.approx(tiles / (tiles + weights))
+    for peer in theirs:  # the same model: what it loses before and after a step is the same
+        np.testing.assert_allclose(peer["losses"], ours["losses"], rtol=1e-4)
