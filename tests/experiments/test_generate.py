@@ -54,7 +54,7 @@ def assert_largest(saved, tokens):
 def test_greedy_tokens_are_the_largest_logits_of_the_whole(folder):
     saved, tokens = greedy(folder)
     assert_largest(saved, tokens)
-    assert len(set(tokens)) > 5
+    assert len(set(tokens)) > 3
 
 
 def test_a_method_that_is_exact_takes_the_place_of_another(folder):
