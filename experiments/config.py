@@ -113,8 +113,7 @@ class Run:
     soft_cap: float | None = None
     """Scaled scores l become cap * tanh(l / cap). Traced."""
     stretch: float = 1.0
-    """How many times longer the sequences are than those that the scale is meant for, by which YaRN multiplies the
-    scores. Traced."""
+    """How many times longer sequences are than those that the scale suits; YaRN sharpens by it. Traced."""
     adaptive: bool = False
     """Whether evaluations sharpen rows of high entropy (adaptive temperature); generation never does."""
     probes: tuple[str, ...] = ()

@@ -41,6 +41,12 @@ def small(text, folder):
     return make
 
 
+@pytest.fixture(scope="session")
+def make_small():
+    """`small`, for fixtures with a text of their own."""
+    return small
+
+
 @pytest.fixture
 def tiny(text, tmp_path):
     """`small` runs in a folder of the test's own."""

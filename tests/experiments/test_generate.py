@@ -15,13 +15,20 @@ from experiments.config import Run, to_dict
 from experiments.generate import chosen, encoded, generated, main
 from experiments.saved import from_dict, load
 from experiments.steps import evaluation_numbers, levers, model_graph
+from experiments.train import train
 
-PROMPT = np.frombuffer(b"return x", np.uint8)
+SENTENCE = "attention is a weighted mean of the values; "
+PROMPT = np.frombuffer(b"attention is", np.uint8)
 
 
 @pytest.fixture(scope="module")
-def saved(reference):
-    return load(reference.folder / reference.name)
+def folder(tmp_path_factory, make_small):
+    """The folder of a run on one sentence over and over, in which no letter has one successor alone."""
+    place = tmp_path_factory.mktemp("generate")
+    (place / "text.txt").write_text(SENTENCE * 300)
+    run = make_small(place / "text.txt", place / "runs")(steps=60, evaluate_every=60, checkpoint_every=60)
+    train(run)
+    return run.folder / run.name
 
 
 @functools.cache
@@ -31,31 +38,36 @@ def greedy(folder, expression=None):
     return saved, list(generated(saved, PROMPT, 20, temperature=0))
 
 
-def test_greedy_tokens_are_the_largest_logits_of_the_whole(reference):
-    saved, tokens = greedy(reference.folder / reference.name)
+def assert_largest(saved, tokens):
+    """Each token has the largest logit of the whole forward pass, wherever rounding cannot decide which one that is."""
     model = nnx.merge(model_graph(saved.run), saved.parameters, saved.constants)
     text = jnp.array([[*PROMPT.tolist(), *tokens]])
     logits = compiled(model)(text, **evaluation_numbers(saved.run, levers(saved.run)))[0, len(PROMPT) - 1 : -1]
     # In the order of the context, as the bound of `rounding` has it; the text here is longer than that by half.
     longer = dataclasses.replace(saved.run, model=dataclasses.replace(saved.run.model, context=text.shape[1]))
     second, first = np.sort(logits, axis=-1)[:, -2:].T
-    assert (first - second).min() > 2 * rounding(longer, model)
-    assert tokens == logits.argmax(-1).tolist()
-    assert len(set(tokens)) > 1
+    sure = first - second > 2 * rounding(longer, model)
+    assert sure.mean() > 0.7
+    np.testing.assert_array_equal(np.array(tokens)[sure], logits.argmax(-1)[sure])
 
 
-def test_a_method_that_is_exact_takes_the_place_of_another(reference):
-    folder = reference.folder / reference.name
+def test_greedy_tokens_are_the_largest_logits_of_the_whole(folder):
+    saved, tokens = greedy(folder)
+    assert_largest(saved, tokens)
+    assert len(set(tokens)) > 3
+
+
+def test_a_method_that_is_exact_takes_the_place_of_another(folder):
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     other, tokens = greedy(folder, "TopK(k=64)")
     assert other.run.attention == attention.TopK(k=64)
     assert other.drawn == ()
-    assert tokens == greedy(folder)[1]
+    assert_largest(greedy(folder)[0], tokens)
     assert kept == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_a_checkpoint_lacks_is_drawn_and_named(reference):
-    folder, method = reference.folder / reference.name, attention.Performer(features=8)
+def test_what_a_checkpoint_lacks_is_drawn_and_named(folder):
+    method = attention.Performer(features=8)
     first, second = load(folder, method), load(folder, method)
     assert first.drawn == ("blocks/0/attention/constants/projection",)
     jax.tree.map(np.testing.assert_array_equal, first.constants, second.constants)
@@ -63,9 +75,9 @@ def test_what_a_checkpoint_lacks_is_drawn_and_named(reference):
     jax.tree.map(np.testing.assert_array_equal, first.parameters, trained.parameters)
 
 
-def test_a_seed_gives_one_text_and_a_small_nucleus_the_greedy_one(reference):
-    saved, most_likely = greedy(reference.folder / reference.name)
-    first, again, other = (list(generated(saved, PROMPT, 20, seed=seed)) for seed in (1, 1, 2))
+def test_a_seed_gives_one_text_and_a_small_nucleus_the_greedy_one(folder):
+    saved, most_likely = greedy(folder)
+    first, again, other = (list(generated(saved, PROMPT, 20, temperature=2.0, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
     assert list(generated(saved, PROMPT, 20, top_p=1e-6, seed=1)) == most_likely
     hot = dataclasses.replace(saved.run, evaluate_temperature=100.0)
@@ -94,11 +106,10 @@ def test_tokens_are_drawn_from_the_nucleus_at_their_probabilities():
         assert np.all(abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000))
 
 
-def test_the_command_writes_the_prompt_and_what_follows(reference, capsys):
-    folder = reference.folder / reference.name
+def test_the_command_writes_the_prompt_and_what_follows(folder, capsys):
     _, tokens = greedy(folder)
-    assert main([str(folder), "--prompt", "return x", "--tokens", "20", "--temperature", "0"]) == 0
-    assert capsys.readouterr().out == f"return x{bytes(tokens).decode('utf-8', 'replace')}\n"
+    assert main([str(folder), "--prompt", "attention is", "--tokens", "20", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == f"attention is{bytes(tokens).decode('utf-8', 'replace')}\n"
 
 
 @pytest.mark.parametrize(
@@ -113,16 +124,13 @@ def test_the_command_writes_the_prompt_and_what_follows(reference, capsys):
         (["RUN", "--prompt", "x", "--method", "TopQ"], "unknown method 'topq'"),
     ],
 )
-def test_mistakes_are_named(reference, arguments, message, capsys):
-    folder = str(reference.folder / reference.name)
-    assert main([folder if word == "RUN" else word for word in arguments]) == 2
+def test_mistakes_are_named(folder, arguments, message, capsys):
+    assert main([str(folder) if word == "RUN" else word for word in arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_configuration_is_read_back_as_it_was_written(reference):
-    run = dataclasses.replace(
-        reference, attention=attention.TopK(k=3), soft_cap=2.0, model=dataclasses.replace(reference.model, gated=True)
-    )
+def test_a_configuration_is_read_back_as_it_was_written(tiny):
+    run = tiny(attention=attention.TopK(k=3), soft_cap=2.0, model={"gated": True, "layer_methods": ("Exact()",)})
     assert from_dict(Run(), to_dict(run)) == run
     with pytest.raises(ValueError, match="unknown field of Model 'laiers': did you mean 'layers'"):
         from_dict(Run(), {"model": {"laiers": 2}})
