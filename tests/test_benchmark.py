@@ -92,7 +92,7 @@ def test_a_trainers_speed_is_measured(tmp_path):
     )
     out = tmp_path / "throughput"
     benchmark.main(
-        ["throughput", *small.split(), "--batch", "2", "--methods", "Exact", "--rounds", "2", "--out", str(out)]
+        ["throughput", *small.split(), "--batch", "2", "--methods", "Exact", "--rounds", "3", "--out", str(out)]
     )
     ours, *theirs = json.loads((out / "results.json").read_text())["cells"]
     assert ours["contestant"] == "Exact()"
