@@ -20,13 +20,14 @@ from attention.method import (
     make_method,
     parse_method,
 )
-from attention.sparse import TopK
+from attention.sparse import Certified, TopK
 
 __all__ = [
     "METHODS",
     "AttentionSteps",
     "Capabilities",
     "Certificate",
+    "Certified",
     "Chunked",
     "Cost",
     "Diagnostics",

@@ -1,0 +1,175 @@
+"""Which pages each query reads, and which it replaces by their means: decided before a key is read.
+
+For a page of n keys with mean key c and mean value m, s = q.c and x_j = q.(k_j - c), the mean's share of the error is
+
+    |sum_j e^{s + x_j} (v_j - o) - n e^s (m - o)| <= n e^s [psi(R) lambda |q|^2 D + mu |q|] + rounding,
+
+with |x_j| <= R, psi(R) = (e^R - 1 - R) / R^2, lambda and mu the norms of the page's second moments, and D no less than
+|v_j - o|. The sum of e^{l} over a page is at least n e^s (Jensen), so that dividing by the sum of n e^s bounds the error
+of the output; `docs/bounds.md` has the derivation. A row's plan depends on what that row sees and on nothing else.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from attention.exponential import power, unit
+from attention.inputs import Inputs
+from attention.masks import Mask
+from attention.rounding import logit_rounding, max_over_visible, norms, rounding_bound, roundoff, sum_rounding
+from attention.sparse.bounds import value_reach
+from attention.sparse.moments import Moments
+
+Reach = Callable[[Array, Moments], Array]
+
+
+class Limits(NamedTuple):
+    """What bounds the error of a query beside its plan.
+
+    Attributes:
+        diameter: D, an upper bound on the distance of a value that the query sees from its output.
+        rounding: the error of attention to the keys that are read and to the means, in floating point.
+        odds: the factor by which rounding can change the ratio of two sums of exponentials.
+        size: an upper bound on the size of the logits.
+    """
+
+    diameter: Float[Array, "*B G T"]
+    rounding: Float[Array, "*B G T"]
+    odds: Float[Array, "*B G T"]
+    size: Float[Array, "*B G T"]
+
+
+class Visible(NamedTuple):
+    """Of each query and page: whether it sees all of its keys, and whether it may see any."""
+
+    whole: Bool[Array, "T P"]
+    seen: Bool[Array, "T P"]
+
+
+class Plan(NamedTuple):
+    """What becomes of each page, and the error that the means can cause, in units of e^top.
+
+    Attributes:
+        read: whether the keys of the page are read.
+        mean: whether the page is replaced by its means.
+        logits: q.c.
+        top: the largest logit of a mean of a page that the query sees whole; 0 where there is none.
+        error: an upper bound on |sum over replaced pages of the difference of weighted values - o|.
+        mass: an upper bound on the sum of e^{l} over the keys of replaced pages.
+    """
+
+    read: Bool[Array, "G T P"]
+    mean: Bool[Array, "G T P"]
+    logits: Float[Array, "G T P"]
+    top: Float[Array, "G T"]
+    error: Float[Array, "G T"]
+    mass: Float[Array, "G T"]
+
+
+def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) -> Limits:
+    """The limits of every query, by prefixes of the keys; `rescalings` and `fixed_shift` as in `rounding_bound`."""
+    dtype, H = inputs.query.dtype, inputs.query.shape[-1]
+    moved, sums = logit_rounding(inputs), sum_rounding(inputs, rescalings=rescalings)
+    ratio = (1 + sums) / jnp.where(sums < 1, 1 - sums, 0)
+    # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
+    odds = 1.001 * jnp.exp(2 * moved * (1 + (page + 8) / H)) * ratio
+    lengths = norms(inputs.query) * max_over_visible(inputs.mask, norms(inputs.key.astype(dtype)))
+    if inputs.soft_cap is not None:
+        lengths = jnp.minimum(lengths, inputs.soft_cap.astype(dtype))
+    largest = max_over_visible(inputs.mask, norms(inputs.value.astype(dtype)))
+    means = 2 * (page + 8) * roundoff(dtype) * largest
+    shape = inputs.query.shape[:-1]
+    return Limits(
+        diameter=jnp.broadcast_to(value_reach(inputs) + means, shape),
+        rounding=rounding_bound(inputs, rescalings=rescalings, fixed_shift=fixed_shift) + means,
+        odds=odds,
+        size=lengths if inputs.bias is None else jnp.full(shape, jnp.inf, dtype),
+    )
+
+
+def visible_pages(mask: Mask, rows, count: int, page: int, pages: int, *, regular: bool) -> Visible:
+    """What queries [rows, rows + count) of one batch element see of each page. Only `regular` calls see one whole."""
+    first, last = (lax.dynamic_slice_in_dim(x[0], rows, count)[:, None] for x in mask.key_range())
+    start = page * jnp.arange(pages)[None]
+    whole, seen = (first <= start) & (last >= start + page - 1), (first <= start + page - 1) & (last >= start)
+    if mask.query_segments is not None and mask.key_segments is not None:
+        mine = lax.dynamic_slice_in_dim(mask.query_segments[0], rows, count)[:, None]
+        theirs = mask.key_segments[0].reshape(pages, page)
+        low, high = theirs.min(1)[None], theirs.max(1)[None]
+        whole, seen = whole & (low == mine) & (high == mine), seen & (low <= mine) & (mine <= high)
+    return Visible(whole & regular, seen)
+
+
+def plan(
+    query: Float[Array, "G T H"],
+    pages: Moments,
+    visible: Visible,
+    own: Limits,
+    *,
+    size: int,
+    tolerance: float,
+    reach: Reach,
+) -> Plan:
+    """The plan of a tile of queries of one head, for pages of `size` keys.
+
+    The budget is tolerance times a lower bound on diam(V), the width of a page that the query sees whole, less what
+    rounding may take; shares of the error up to a threshold go to the means, the others are read.
+
+    Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
+    """
+    whole, length, diameter = visible.whole, norms(query)[..., None], own.diameter[..., None]
+    logits = jnp.einsum("GTH,PH->GTP", query, pages.key, precision=lax.Precision.HIGHEST)
+    top = jnp.where(whole, logits, -jnp.inf).max(-1)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    exponent, R = logits - top[..., None], reach(query, pages)
+    near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
+    total = size * near.sum(-1)
+    second = _remainder(near, exponent, R) * pages.spread * length**2
+    shift = pages.key_shift * length * (diameter + pages.value_shift) + pages.value_shift
+    share = size * (second * diameter + _positive(near) * (pages.coupling * length + shift))
+    share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known
+    width = jnp.where(whole, pages.width, 0).max(-1)
+    budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * total
+    mean = whole & (share <= _threshold(share, budget)[..., None])
+    error = jnp.where(mean, share, 0).sum(-1)
+    mass = size * jnp.where(mean, near + second, 0).sum(-1)
+    return Plan(visible.seen & ~mean, mean, logits, top, error, mass)
+
+
+def _threshold(share: Float[Array, "G T P"], budget: Float[Array, "G T"]) -> Float[Array, "G T"]:
+    """The budget over 2^e, with the smallest e >= 0 for which the shares up to it add up to no more than the budget.
+
+    With e = log2(P) they always do; bisection over the integers up to it.
+    """
+    low, high = jnp.zeros(budget.shape, jnp.int32), jnp.full(budget.shape, share.shape[-1].bit_length(), jnp.int32)
+    for _ in range(_halvings(share.shape[-1])):
+        middle = (low + high) // 2
+        level = budget * jnp.exp2(-middle.astype(budget.dtype))
+        fits = jnp.where(share <= level[..., None], share, 0).sum(-1) <= budget
+        low, high = jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+    return budget * jnp.exp2(-high.astype(budget.dtype))
+
+
+def _halvings(pages: int) -> int:
+    """Halvings that leave one of bit_length + 1 exponents."""
+    return pages.bit_length().bit_length() + 1
+
+
+def _remainder(near, exponent, R):
+    """Psi(R) e^exponent: (e^R - 1 - R) / R^2 for large R, and 1 / (2 (1 - R / 3)), which is no less, for small.
+
+    psi(R) = sum R^k / (k + 2)! <= sum (R / 3)^k / 2. Beyond R = 1 the difference loses less than 7 times its operands'
+    relative error.
+    """
+    far = jnp.exp(exponent + R)
+    large = (far - near * (1 + R)) / jnp.maximum(R, 1) ** 2
+    small = _positive(near) / (2 * (1 - jnp.minimum(R, 1) / 3))
+    return jnp.where(R < 1, small, _positive(large))
+
+
+def _positive(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """No less than the smallest normal number: what underflows is counted."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
