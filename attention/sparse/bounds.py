@@ -21,7 +21,7 @@ from attention.sparse.moments import Moments, outward
 def ball(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T P"]:
     r"""|q| max_j |k_j - c_p|, which no |q.(k_j - c_p)| exceeds; rounded outward. No product: T P operations."""
     wide = outward(query.dtype, query.shape[-1])
-    return wide * norms(query)[..., None] * pages.radius[..., None, :]
+    return wide * norms(query)[..., None] * _last(pages.radius, query)
 
 
 def box(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T P"]:
@@ -31,7 +31,7 @@ def box(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T P"]
         Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774, 3.2.
     """
     assert pages.half is not None, "moments(bound='box')"
-    return _above(_product("...th,...ph->...tp", jnp.abs(query), pages.half), query)
+    return _above(_product("...th,ph->...tp", jnp.abs(query), pages.half), query)
 
 
 def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T P"]:
@@ -46,15 +46,20 @@ def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T 
     assert across is not None, "moments(bound='sketch')"
     assert remote is not None, "moments(bound='sketch')"
     r = basis.shape[-1]
-    along = _product("...th,...phr->...tpr", query, basis)
-    rest = query[..., None, :] - _product("...tpr,...phr->...tph", along, basis)
+    along = _product("...th,phr->...tpr", query, basis)
+    rest = query[..., None, :] - _product("...tpr,phr->...tph", along, basis)
     u, length = product_roundoff(query.dtype), norms(query)[..., None]
-    gram = _product("...hr,...hs->...rs", basis, basis)
-    defect = jnp.linalg.norm(gram - jnp.eye(r, dtype=gram.dtype), axis=(-2, -1)) + 2 * r * query.shape[-1] * u
+    gram = _product("phr,phs->prs", basis, basis)
+    defect = jnp.linalg.norm(gram - jnp.eye(r, dtype=gram.dtype)[None], axis=(-2, -1)) + 2 * r * query.shape[-1] * u
     lost = (1 + defect) * defect + 2 * query.shape[-1] * (r + 2) * u
-    inside = _product("...tpr,...pr->...tp", jnp.abs(along), across)
-    reach = inside + norms(rest) * remote[..., None, :] + length * (lost * pages.radius)[..., None, :]
+    inside = _product("...tpr,pr->...tp", jnp.abs(along), across)
+    reach = inside + norms(rest) * _last(remote, query) + length * _last(lost * pages.radius, query)
     return _above(reach, query)
+
+
+def _last(x: Float[Array, " P"], like: Float[Array, "*B H"]) -> Float[Array, "*b P"]:
+    """A number a page, along the last of as many axes as `like` has."""
+    return x.reshape((1,) * (like.ndim - 1) + x.shape)
 
 
 def _above(reach: Float[Array, "*B T P"], query: Float[Array, "*B T H"]) -> Float[Array, "*B T P"]:

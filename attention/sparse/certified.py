@@ -16,7 +16,7 @@ from attention.method import Certificate, Cost, check_positive
 from attention.rounding import sees_any
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
-from attention.sparse.plan import Limits, limits, plan, visible_pages
+from attention.sparse.plan import Limits, growing_means, limits, plan, visible_pages
 from attention.sparse.reading import CALM, Head, block, definition, online, padded
 
 
@@ -150,9 +150,8 @@ def _by_tiles(inputs: Inputs, method: Certified, tile):
         pages = moments(key, value, method.page, bound=method.bound)
         across = jnp.concatenate([value.T, jnp.ones((1, value.shape[0]), dtype)])
         own = Limits(*(x[b, k] for x in bounds))
-        found = lax.map(
-            jax.checkpoint(lambda i: tile(Head(part, pages, across), own, method, i * rows, rows)), jnp.arange(tiles)
-        )
+        one = Head(part, pages, growing_means(key, method.page), across)
+        found = lax.map(jax.checkpoint(lambda i: tile(one, own, method, i * rows, rows)), jnp.arange(tiles))
         return jax.tree.map(_joined, found)
 
     output, error, mass, read, seen = lax.map(head, jnp.arange(B * K))
@@ -166,18 +165,14 @@ def _joined(x):
 
 
 def _planned(head: Head, own: Limits, method: Certified, row, rows: int):
-    query = lax.dynamic_slice_in_dim(head.part.query, row, rows, axis=3)[0, 0]
+    """What the queries of a tile see, their limits and their plan, none of which has a derivative."""
+    part, pages, growing = lax.stop_gradient((head.part, head.pages, head.growing))
     own = Limits(*(lax.dynamic_slice_in_dim(x, row, rows, axis=1) for x in own))
-    mask, part = head.part.mask, head.part
-    regular = mask.dense is None and part.bias is None and part.soft_cap is None
-    P = head.pages.key.shape[0]
-    visible = visible_pages(mask, row, rows, method.page, P, regular=regular)
-    operands = lax.stop_gradient((query, head.pages))
-    return (
-        visible,
-        own,
-        plan(*operands, visible, own, size=method.page, tolerance=method.tolerance, reach=REACH[method.bound]),
-    )
+    regular = part.mask.dense is None and part.bias is None and part.soft_cap is None
+    visible = visible_pages(part.mask, growing, row, rows, method.page, regular=regular)
+    query = lax.dynamic_slice_in_dim(part.query, row, rows, axis=3)[0, 0]
+    options = {"size": method.page, "tolerance": method.tolerance, "reach": REACH[method.bound]}
+    return visible, own, plan(query, pages, visible, own, **options)
 
 
 def _tile_online(head: Head, own: Limits, method: Certified, row, rows: int):

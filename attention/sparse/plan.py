@@ -5,7 +5,7 @@ For a page of n keys with mean key c and mean value m, s = q.c and x_j = q.(k_j 
     |sum_j e^{s + x_j} (v_j - o) - n e^s (m - o)| <= n e^s [psi(R) lambda |q|^2 D + mu |q|] + rounding,
 
 with |x_j| <= R, psi(R) = (e^R - 1 - R) / R^2, lambda and mu the norms of the page's second moments, and D no less than
-|v_j - o|. The sum of e^{l} over a page is at least n e^s (Jensen), so that dividing by the sum of n e^s bounds the error
+|v_j - o|. The sum of e^{l} over a page is at least n e^s (Jensen), so that division by the sum of n e^s bounds the error
 of the output; `docs/bounds.md` has the derivation. A row's plan depends on what that row sees and on nothing else.
 """
 
@@ -43,10 +43,19 @@ class Limits(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """Of each query and page: whether it sees all of its keys, and whether it may see any."""
+    """What the queries of a tile see of the pages of one head.
 
-    whole: Bool[Array, "T P"]
-    seen: Bool[Array, "T P"]
+    Attributes:
+        whole: whether a query sees all keys of a page.
+        seen: whether it may see any.
+        edge: the mean of the keys from the start of a page to the last key that it sees.
+        count: the number of these keys; 0 where it sees the page whole, or does not see all of them.
+    """
+
+    whole: Bool[Array, "1 T P"]
+    seen: Bool[Array, "1 T P"]
+    edge: Float[Array, "T H"]
+    count: Float[Array, " T"]
 
 
 class Plan(NamedTuple):
@@ -56,7 +65,7 @@ class Plan(NamedTuple):
         read: whether the keys of the page are read.
         mean: whether the page is replaced by its means.
         logits: q.c.
-        top: the largest logit of a mean of a page that the query sees whole; 0 where there is none.
+        top: the largest logit of a mean of keys that the query sees; 0 where none is known.
         error: an upper bound on |sum over replaced pages of the difference of weighted values - o|.
         mass: an upper bound on the sum of e^{l} over the keys of replaced pages.
     """
@@ -90,17 +99,32 @@ def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) ->
     )
 
 
-def visible_pages(mask: Mask, rows, count: int, page: int, pages: int, *, regular: bool) -> Visible:
-    """What queries [rows, rows + count) of one batch element see of each page. Only `regular` calls see one whole."""
-    first, last = (lax.dynamic_slice_in_dim(x[0], rows, count)[:, None] for x in mask.key_range())
-    start = page * jnp.arange(pages)[None]
+def visible_pages(mask: Mask, growing: Float[Array, "S H"], row, rows: int, page: int, *, regular: bool) -> Visible:
+    """What queries [row, row + rows) of one batch element see, with the mean of each key and those before in its page.
+
+    Only of `regular` calls, whose logits are q.k and whose mask has no table, can more be said than what may be seen.
+    """
+    first, last = (lax.dynamic_slice_in_dim(x[0], row, rows) for x in mask.key_range())
+    first, last, start = first[:, None], last[:, None], page * jnp.arange(mask.num_keys // page)[None]
     whole, seen = (first <= start) & (last >= start + page - 1), (first <= start + page - 1) & (last >= start)
+    known = (first <= start) & (last >= start)
     if mask.query_segments is not None and mask.key_segments is not None:
-        mine = lax.dynamic_slice_in_dim(mask.query_segments[0], rows, count)[:, None]
-        theirs = mask.key_segments[0].reshape(pages, page)
+        mine = lax.dynamic_slice_in_dim(mask.query_segments[0], row, rows)[:, None]
+        theirs = mask.key_segments[0].reshape(-1, page)
         low, high = theirs.min(1)[None], theirs.max(1)[None]
-        whole, seen = whole & (low == mine) & (high == mine), seen & (low <= mine) & (mine <= high)
-    return Visible(whole & regular, seen)
+        same = (low == mine) & (high == mine)
+        whole, known, seen = whole & same, known & same, seen & (low <= mine) & (mine <= high)
+    cut = (known & ~whole).any(1) & regular
+    count = jnp.where(cut, last[:, 0] % page + 1, 0).astype(growing.dtype)
+    edge = growing[last[:, 0].clip(0, mask.num_keys - 1)]
+    return Visible((whole & regular)[None], seen[None], edge, count)
+
+
+def growing_means(key: Float[Array, "S H"], page: int) -> Float[Array, "S H"]:
+    """The mean of each key and of those before it in its page, by a triangular product."""
+    weights = jnp.tri(page, dtype=key.dtype) / jnp.arange(1, page + 1, dtype=key.dtype)[:, None]
+    pages = key.reshape(-1, page, key.shape[-1])
+    return jnp.einsum("ij,pjh->pih", weights, pages, precision=lax.Precision.HIGHEST).reshape(key.shape)
 
 
 def plan(
@@ -121,17 +145,21 @@ def plan(
     Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
     """
     whole, length, diameter = visible.whole, norms(query)[..., None], own.diameter[..., None]
+    spread, coupling, width, key_shift, value_shift = (
+        x.reshape(1, 1, -1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
+    )
     logits = jnp.einsum("GTH,PH->GTP", query, pages.key, precision=lax.Precision.HIGHEST)
-    top = jnp.where(whole, logits, -jnp.inf).max(-1)
+    edge = jnp.where(visible.count > 0, (query * visible.edge[None]).sum(-1), -jnp.inf)
+    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(-1), edge)
     top = jnp.where(jnp.isfinite(top), top, 0)
     exponent, R = logits - top[..., None], reach(query, pages)
     near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
-    total = size * near.sum(-1)
-    second = _remainder(near, exponent, R) * pages.spread * length**2
-    shift = pages.key_shift * length * (diameter + pages.value_shift) + pages.value_shift
-    share = size * (second * diameter + _positive(near) * (pages.coupling * length + shift))
+    total = size * near.sum(-1) + visible.count[None] * jnp.exp(edge - top)
+    second = _remainder(near, exponent, R) * spread * length**2
+    shift = key_shift * length * (diameter + value_shift) + value_shift
+    share = size * (second * diameter + _positive(near) * (coupling * length + shift))
     share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known
-    width = jnp.where(whole, pages.width, 0).max(-1)
+    width = jnp.where(whole, width, 0).max(-1)
     budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * total
     mean = whole & (share <= _threshold(share, budget)[..., None])
     error = jnp.where(mean, share, 0).sum(-1)

@@ -29,11 +29,13 @@ class Head(NamedTuple):
     Attributes:
         part: its operands, `1 1 ...`, padded to whole tiles and blocks.
         pages: its moments.
+        growing: the mean of each key and of those before it in its page.
         across: the values across, with a last row of ones, `E+1 S`; then one product gives numerator and denominator.
     """
 
     part: Inputs
     pages: Moments
+    growing: Float[Array, "S H"]
     across: Float[Array, "F S"]
 
 
@@ -108,7 +110,7 @@ def online(head: Head, plan: Plan, visible: Visible, own: Limits, row, rows: int
 
     # Keys in front, as the blocks have them: P N.
     reads, means, logits = (x.reshape(N, P).T for x in (plan.read, plan.mean, plan.logits))
-    whole, seen = (jnp.broadcast_to(x[None], (G, rows, P)).reshape(N, P).T for x in visible)
+    whole, seen = (jnp.broadcast_to(x, (G, rows, P)).reshape(N, P).T for x in (visible.whole, visible.seen))
     calm = (own.size <= CALM).reshape(N)
     level = jnp.where(calm, own.size.reshape(N) * unit(dtype), -jnp.inf)
     wanted = reads.reshape(count, C // page, N)
@@ -124,8 +126,8 @@ def online(head: Head, plan: Plan, visible: Visible, own: Limits, row, rows: int
         higher = jnp.where(calm, level, largest)
         finite = jnp.where(jnp.isneginf(higher), 0, higher)
         kept = power(level - finite)
-        gained = jnp.einsum("FS,SN->FN", values, power(masked - finite), precision=lax.Precision.HIGHEST)
-        return higher, sums * kept + gained
+        gained = jnp.einsum("FS,SN->FN", values, power(masked - finite[None]), precision=lax.Precision.HIGHEST)
+        return higher, sums * kept[None] + gained
 
     def from_means(carry):
         values = page * jnp.concatenate([head.pages.value.T, jnp.ones((1, P), dtype)])
@@ -148,7 +150,7 @@ def online(head: Head, plan: Plan, visible: Visible, own: Limits, row, rows: int
     carry = lax.cond(means.any(), from_means, lambda c: c, carry)
     level, sums = lax.fori_loop(0, some.sum(), from_block, carry)
     total = sums[-1]
-    output = (sums[:-1] / jnp.where(total > 0, total, 1)).T.reshape(G, rows, -1)
+    output = (sums[:-1] / jnp.where(total > 0, total, 1)[None]).T.reshape(G, rows, -1)
     residual = (jnp.log(total) + level / unit(dtype)).reshape(G, rows) - plan.top
     might = seen.reshape(wanted.shape).any((1, 2))
     return Found(output, residual, some.sum().astype(dtype), might.sum().astype(dtype))
