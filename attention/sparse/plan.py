@@ -5,8 +5,8 @@ For a page of n keys with mean key c and mean value m, s = q.c and x_j = q.(k_j 
     |sum_j e^{s + x_j} (v_j - o) - n e^s (m - o)| <= n e^s [psi(R) lambda |q|^2 D + mu |q|] + rounding,
 
 with |x_j| <= R, psi(R) = (e^R - 1 - R) / R^2, lambda and mu the norms of the page's second moments, and D no less than
-|v_j - o|. The sum of e^{l} over a page is at least n e^s (Jensen), so that division by the sum of n e^s bounds the error
-of the output; `docs/bounds.md` has the derivation. A row's plan depends on what that row sees and on nothing else.
+|v_j - o|. A page's sum of e^l is at least n e^s (Jensen), so that division by the sum of n e^s bounds the error of the
+output; `docs/bounds.md` has the derivation. A row's plan depends on what that row sees and on nothing else.
 """
 
 from collections.abc import Callable
