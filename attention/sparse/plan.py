@@ -155,7 +155,7 @@ def plan(
     exponent, R = logits - top[..., None], reach(query, pages)
     near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
     total = size * near.sum(-1) + visible.count[None] * jnp.exp(edge - top)
-    second = _remainder(near, exponent, R) * spread * length**2
+    second = _remainder(near, exponent, R) * jnp.minimum(spread * length**2, R**2)
     shift = key_shift * length * (diameter + value_shift) + value_shift
     share = size * (second * diameter + _positive(near) * (coupling * length + shift))
     share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known

@@ -36,7 +36,7 @@ def exact_reach(query, pages, key):
 
 @pytest.mark.parametrize("name", REACH)
 def test_no_logit_is_beyond_its_pages_reach(name):
-    """Of 8,192 queries and pages a bound; in float64 the true reach is off by 2**-50 of it, which counts for nothing."""
+    """Of 8,192 queries and pages a bound; float64 has the true reach but for 2**-50 of it."""
     looseness = []
     for seed in range(32):
         query, key, value = drawn(seed)
