@@ -41,6 +41,21 @@ def test_decoding_and_memory_are_measured(tmp_path, capsys):
     assert "temporaries" in capsys.readouterr().out
 
 
+def test_certificates_are_measured(tmp_path, capsys):
+    options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --bounds ball --rounds 1"
+    benchmark.main(["certified", *options.split(), "--out", str(tmp_path)])
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    looked_at, races = [x for x in cells if "family" in x], [x for x in cells if "label" in x]
+    assert len(looked_at) == 3 * 4 * 2
+    assert len(races) == 4
+    for cell in looked_at:
+        assert cell["violations"] == 0
+        assert 0 <= cell["oracle"] <= 1
+        assert 0 <= cell["read"] <= 1
+    assert all(race["largest_error"] <= race["largest_bound"] for race in races)
+    assert "coherent" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_contestants_answer_the_same_question(gradient, causal):
