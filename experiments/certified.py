@@ -161,7 +161,7 @@ def looked_at(operands, temperature, method: attention.Certified):
     error = jnp.linalg.norm(output[0, :, 0] - exact, axis=-1)
     allowed = method.tolerance * pages.width.max()
     oracle = _oracle(query[0], key, value, exact, pages, method.page, allowed)
-    return error, certificate.error_bound[0, :, 0], chosen.read.mean(-1)[0], oracle
+    return error, certificate.error_bound[0, :, 0], chosen.read.mean(0)[0], oracle
 
 
 def _oracle(query, key, value, exact, pages, size: int, allowed):

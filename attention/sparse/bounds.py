@@ -18,23 +18,23 @@ from attention.rounding import (
 from attention.sparse.moments import Moments, outward
 
 
-def ball(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T P"]:
+def ball(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
     r"""|q| max_j |k_j - c_p|, which no |q.(k_j - c_p)| exceeds; rounded outward. No product: T P operations."""
     wide = outward(query.dtype, query.shape[-1])
-    return wide * norms(query)[..., None] * _last(pages.radius, query)
+    return wide * norms(query)[None] * _first(pages.radius, query)
 
 
-def box(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T P"]:
+def box(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
     r"""sum_h |q_h| max_j |k_jh - c_ph|, which no |q.(k_j - c_p)| exceeds; rounded outward. 2 T P H operations.
 
     References:
         Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774, 3.2.
     """
     assert pages.half is not None, "moments(bound='box')"
-    return _above(_product("...th,ph->...tp", jnp.abs(query), pages.half), query)
+    return _above(_product("...th,ph->p...t", jnp.abs(query), pages.half), query)
 
 
-def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T P"]:
+def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
     r"""sum_r |U_r.q| max_j |U_r.y_j| + |q - U U^T q| max_j |y_j - U U^T y_j|, y_j = k_j - c_p, U the page's basis.
 
     With A = I - U U^T, q.y = (U^T q).(U^T y) + q.A y and q.A y = (A q).(A y) + q.(A - A^2) y, where A - A^2 =
@@ -46,23 +46,23 @@ def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "*B T 
     assert across is not None, "moments(bound='sketch')"
     assert remote is not None, "moments(bound='sketch')"
     r = basis.shape[-1]
-    along = _product("...th,phr->...tpr", query, basis)
-    rest = query[..., None, :] - _product("...tpr,phr->...tph", along, basis)
-    u, length = product_roundoff(query.dtype), norms(query)[..., None]
+    along = _product("...th,phr->p...tr", query, basis)
+    rest = query[None] - _product("p...tr,phr->p...th", along, basis)
+    u, length = product_roundoff(query.dtype), norms(query)[None]
     gram = _product("phr,phs->prs", basis, basis)
     defect = jnp.linalg.norm(gram - jnp.eye(r, dtype=gram.dtype)[None], axis=(-2, -1)) + 2 * r * query.shape[-1] * u
     lost = (1 + defect) * defect + 2 * query.shape[-1] * (r + 2) * u
-    inside = _product("...tpr,pr->...tp", jnp.abs(along), across)
-    reach = inside + norms(rest) * _last(remote, query) + length * _last(lost * pages.radius, query)
+    inside = _product("p...tr,pr->p...t", jnp.abs(along), across)
+    reach = inside + norms(rest) * _first(remote, query) + length * _first(lost * pages.radius, query)
     return _above(reach, query)
 
 
-def _last(x: Float[Array, " P"], like: Float[Array, "*B H"]) -> Float[Array, "*b P"]:
-    """A number a page, along the last of as many axes as `like` has."""
-    return x.reshape((1,) * (like.ndim - 1) + x.shape)
+def _first(x: Float[Array, " P"], like: Float[Array, "*B H"]) -> Float[Array, "P ..."]:
+    """A number a page, along the first of as many axes as `like` has."""
+    return x.reshape(x.shape + (1,) * (like.ndim - 1))
 
 
-def _above(reach: Float[Array, "*B T P"], query: Float[Array, "*B T H"]) -> Float[Array, "*B T P"]:
+def _above(reach: Float[Array, "P *B T"], query: Float[Array, "*B T H"]) -> Float[Array, "P *B T"]:
     """Above what rounding makes of sums of H products of positive numbers."""
     return reach * (1 + 2 * query.shape[-1] * product_roundoff(query.dtype)) * outward(query.dtype, 0)
 

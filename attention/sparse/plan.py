@@ -52,14 +52,16 @@ class Visible(NamedTuple):
         count: the number of these keys; 0 where it sees the page whole, or does not see all of them.
     """
 
-    whole: Bool[Array, "1 T P"]
-    seen: Bool[Array, "1 T P"]
+    whole: Bool[Array, "P 1 T"]
+    seen: Bool[Array, "P 1 T"]
     edge: Float[Array, "T H"]
     count: Float[Array, " T"]
 
 
 class Plan(NamedTuple):
     """What becomes of each page, and the error that the means can cause, in units of e^top.
+
+    Pages come first: what is added up over them then spreads along the vector units of a CPU.
 
     Attributes:
         read: whether the keys of the page are read.
@@ -70,9 +72,9 @@ class Plan(NamedTuple):
         mass: an upper bound on the sum of e^{l} over the keys of replaced pages.
     """
 
-    read: Bool[Array, "G T P"]
-    mean: Bool[Array, "G T P"]
-    logits: Float[Array, "G T P"]
+    read: Bool[Array, "P G T"]
+    mean: Bool[Array, "P G T"]
+    logits: Float[Array, "P G T"]
     top: Float[Array, "G T"]
     error: Float[Array, "G T"]
     mass: Float[Array, "G T"]
@@ -105,19 +107,19 @@ def visible_pages(mask: Mask, growing: Float[Array, "S H"], row, rows: int, page
     Only of `regular` calls, whose logits are q.k and whose mask has no table, can more be said than what may be seen.
     """
     first, last = (lax.dynamic_slice_in_dim(x[0], row, rows) for x in mask.key_range())
-    first, last, start = first[:, None], last[:, None], page * jnp.arange(mask.num_keys // page)[None]
+    first, last, start = first[None], last[None], page * jnp.arange(mask.num_keys // page)[:, None]
     whole, seen = (first <= start) & (last >= start + page - 1), (first <= start + page - 1) & (last >= start)
     known = (first <= start) & (last >= start)
     if mask.query_segments is not None and mask.key_segments is not None:
-        mine = lax.dynamic_slice_in_dim(mask.query_segments[0], row, rows)[:, None]
+        mine = lax.dynamic_slice_in_dim(mask.query_segments[0], row, rows)[None]
         theirs = mask.key_segments[0].reshape(-1, page)
-        low, high = theirs.min(1)[None], theirs.max(1)[None]
+        low, high = theirs.min(1)[:, None], theirs.max(1)[:, None]
         same = (low == mine) & (high == mine)
         whole, known, seen = whole & same, known & same, seen & (low <= mine) & (mine <= high)
-    cut = (known & ~whole).any(1) & regular
-    count = jnp.where(cut, last[:, 0] % page + 1, 0).astype(growing.dtype)
-    edge = growing[last[:, 0].clip(0, mask.num_keys - 1)]
-    return Visible((whole & regular)[None], seen[None], edge, count)
+    cut = (known & ~whole).any(0) & regular
+    count = jnp.where(cut, last[0] % page + 1, 0).astype(growing.dtype)
+    edge = growing[last[0].clip(0, mask.num_keys - 1)]
+    return Visible((whole & regular)[:, None], seen[:, None], edge, count)
 
 
 def growing_means(key: Float[Array, "S H"], page: int) -> Float[Array, "S H"]:
@@ -144,39 +146,39 @@ def plan(
 
     Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
     """
-    whole, length, diameter = visible.whole, norms(query)[..., None], own.diameter[..., None]
+    whole, length, diameter = visible.whole, norms(query)[None], own.diameter[None]
     spread, coupling, width, key_shift, value_shift = (
-        x.reshape(1, 1, -1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
+        x.reshape(-1, 1, 1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
     )
-    logits = jnp.einsum("GTH,PH->GTP", query, pages.key, precision=lax.Precision.HIGHEST)
+    logits = jnp.einsum("GTH,PH->PGT", query, pages.key, precision=lax.Precision.HIGHEST)
     edge = jnp.where(visible.count > 0, (query * visible.edge[None]).sum(-1), -jnp.inf)
-    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(-1), edge)
+    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), edge)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    exponent, R = logits - top[..., None], reach(query, pages)
+    exponent, R = logits - top[None], reach(query, pages)
     near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
-    total = size * near.sum(-1) + visible.count[None] * jnp.exp(edge - top)
+    total = size * near.sum(0) + visible.count[None] * jnp.exp(edge - top)
     second = _remainder(near, exponent, R) * jnp.minimum(spread * length**2, R**2)
     shift = key_shift * length * (diameter + value_shift) + value_shift
     share = size * (second * diameter + _positive(near) * (coupling * length + shift))
     share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known
-    width = jnp.where(whole, width, 0).max(-1)
+    width = jnp.where(whole, width, 0).max(0)
     budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * total
-    mean = whole & (share <= _threshold(share, budget)[..., None])
-    error = jnp.where(mean, share, 0).sum(-1)
-    mass = size * jnp.where(mean, near + second, 0).sum(-1)
+    mean = whole & (share <= _threshold(share, budget)[None])
+    error = jnp.where(mean, share, 0).sum(0)
+    mass = size * jnp.where(mean, near + second, 0).sum(0)
     return Plan(visible.seen & ~mean, mean, logits, top, error, mass)
 
 
-def _threshold(share: Float[Array, "G T P"], budget: Float[Array, "G T"]) -> Float[Array, "G T"]:
+def _threshold(share: Float[Array, "P G T"], budget: Float[Array, "G T"]) -> Float[Array, "G T"]:
     """The budget over 2^e, with the smallest e >= 0 for which the shares up to it add up to no more than the budget.
 
     With e = log2(P) they always do; bisection over the integers up to it.
     """
-    low, high = jnp.zeros(budget.shape, jnp.int32), jnp.full(budget.shape, share.shape[-1].bit_length(), jnp.int32)
-    for _ in range(_halvings(share.shape[-1])):
+    low, high = jnp.zeros(budget.shape, jnp.int32), jnp.full(budget.shape, len(share).bit_length(), jnp.int32)
+    for _ in range(_halvings(len(share))):
         middle = (low + high) // 2
         level = budget * jnp.exp2(-middle.astype(budget.dtype))
-        fits = jnp.where(share <= level[..., None], share, 0).sum(-1) <= budget
+        fits = jnp.where(share <= level[None], share, 0).sum(0) <= budget
         low, high = jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
     return budget * jnp.exp2(-high.astype(budget.dtype))
 

@@ -80,10 +80,10 @@ def definition(head: Head, plan: Plan, row, rows: int) -> Float[Array, "G T E"]:
     """Softmax over the mean keys of some pages, each as often as the page has keys, and the keys of others."""
     part, P = head.part, head.pages.key.shape[0]
     size, query = part.mask.num_keys // P, lax.dynamic_slice_in_dim(part.query, row, rows, axis=3)[0, 0]
-    means = jnp.einsum("GTH,PH->GTP", query, head.pages.key, precision=lax.Precision.HIGHEST)
-    means = jnp.where(plan.mean, means + jnp.log(size), -jnp.inf)
+    means = jnp.einsum("GTH,PH->PGT", query, head.pages.key, precision=lax.Precision.HIGHEST)
+    means = jnp.moveaxis(jnp.where(plan.mean, means + jnp.log(size), -jnp.inf), 0, 2)
     keys = part.masked_scores(row, rows, 0, part.mask.num_keys)[0, 0]
-    keys = jnp.where(jnp.repeat(plan.read, size, axis=-1), keys, -jnp.inf)
+    keys = jnp.where(jnp.moveaxis(jnp.repeat(plan.read, size, axis=0), 0, 2), keys, -jnp.inf)
     weights = softmax(jnp.concatenate([means, keys], axis=-1))
     values = jnp.concatenate([head.pages.value, part.value[0, 0].astype(query.dtype)])
     return jnp.einsum("GTS,SE->GTE", weights, values, precision=lax.Precision.HIGHEST)
@@ -108,9 +108,8 @@ def online(head: Head, plan: Plan, visible: Visible, own: Limits, row, rows: int
     N, count = G * rows, S // C
     query = lax.dynamic_slice_in_dim(part.query, row, rows, axis=3).reshape(N, H).T
 
-    # Keys in front, as the blocks have them: P N.
-    reads, means, logits = (x.reshape(N, P).T for x in (plan.read, plan.mean, plan.logits))
-    whole, seen = (jnp.broadcast_to(x, (G, rows, P)).reshape(N, P).T for x in (visible.whole, visible.seen))
+    reads, means, logits = (x.reshape(P, N) for x in (plan.read, plan.mean, plan.logits))
+    whole, seen = (jnp.broadcast_to(x, (P, G, rows)).reshape(P, N) for x in (visible.whole, visible.seen))
     calm = (own.size <= CALM).reshape(N)
     level = jnp.where(calm, own.size.reshape(N) * unit(dtype), -jnp.inf)
     wanted = reads.reshape(count, C // page, N)

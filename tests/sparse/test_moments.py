@@ -31,7 +31,7 @@ def reached(query, key, value, name):
 
 def exact_reach(query, pages, key):
     centred = key.astype(np.float64).reshape(16, PAGES, PAGE, -1) - np.asarray(pages.key, np.float64)[:, :, None]
-    return centred, np.abs(np.einsum("bth,bpsh->btps", query.astype(np.float64), centred)).max(-1)
+    return centred, np.abs(np.einsum("bth,bpsh->bpts", query.astype(np.float64), centred)).max(-1)
 
 
 @pytest.mark.parametrize("name", REACH)
@@ -58,10 +58,10 @@ def test_planted_bounds_on_a_page_are_caught(plant):
         centred, exact = exact_reach(query, pages, key)
         half = np.abs(centred[:, :, 1:] if plant == "one key missing" else centred).max(2)
         size = query.astype(np.float64) if plant == "no absolute value" else np.abs(query.astype(np.float64))
-        wrong = np.einsum("bth,bph->btp", size, half)
+        wrong = np.einsum("bth,bph->bpt", size, half)
         if plant == "rounded to nearest":  # the ball around a single key, whose bound is attained
-            wrong = np.float32(np.linalg.norm(centred, axis=-1).max(2))[:, None] * np.ones((1, 4, 1))
-            exact = np.linalg.norm(centred, axis=-1).max(2)[:, None] * np.ones((1, 4, 1))
+            wrong = np.float32(np.linalg.norm(centred, axis=-1).max(2))[..., None] * np.ones(4)
+            exact = np.linalg.norm(centred, axis=-1).max(2)[..., None] * np.ones(4)
         caught += np.sum(exact > wrong)
     assert caught > 0
 
