@@ -58,7 +58,7 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
     radius, depth = wide * norms(y).max(-1), wide * norms(w).max(-1)
     # What rounding makes of a second moment is at most this share of the product of the largest norms.
     lost = (size + 8) * product_roundoff(key.dtype)
-    sums = (size + 8) * roundoff(key.dtype)
+    sums = (size + 8) * roundoff(key.dtype)  # of a mean, in units of the largest norm
     found = Moments(
         key=mean_key,
         value=mean_value,
@@ -66,8 +66,8 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
         spread=wide * _spectral(_product("...sh,...si->...hi", y, y) / size) + lost * radius**2,
         coupling=wide * _spectral(_product("...sh,...se->...he", y, w) / size) + lost * radius * depth,
         width=norms(value - value[..., :1, :]).max(-1) / wide,
-        key_shift=sums * norms(key).max(-1),
-        value_shift=sums * norms(value).max(-1),
+        key_shift=sums * (wide * norms(mean_key) + radius),
+        value_shift=sums * (wide * norms(mean_value) + depth),
     )
     if bound == "box":
         found = found._replace(half=wide * jnp.abs(y).max(-2))

@@ -41,7 +41,7 @@ class Head(NamedTuple):
 
 def padded(inputs: Inputs, rows: int, cols: int) -> Inputs:
     """The inputs with as many more queries and keys, none of which sees or is seen, as fill tiles of rows by cols."""
-    mask, (B, T, S) = inputs.mask, (inputs.key.shape[0], inputs.mask.num_queries, inputs.mask.num_keys)
+    mask, T, S = inputs.mask, inputs.mask.num_queries, inputs.mask.num_keys
     more_rows, more_cols = -T % rows, -S % cols
     if not more_rows and not more_cols:
         return inputs
@@ -52,9 +52,11 @@ def padded(inputs: Inputs, rows: int, cols: int) -> Inputs:
             return None
         return jnp.pad(x, [(0, axes.get(n, 0) if size > least else 0) for n, size in enumerate(x.shape)])
 
+    known = [x.shape[0] for x in (mask.offset, mask.query_lengths, mask.key_lengths) if x is not None]
+    batch = max(known, default=1)  # as many as the mask has, of which one may stand for all
     lengths = {
-        "query_lengths": jnp.full((B,), T) if mask.query_lengths is None else mask.query_lengths,
-        "key_lengths": jnp.full((B,), S) if mask.key_lengths is None else mask.key_lengths,
+        "query_lengths": jnp.full((batch,), T) if mask.query_lengths is None else mask.query_lengths,
+        "key_lengths": jnp.full((batch,), S) if mask.key_lengths is None else mask.key_lengths,
     }
     tables = {3: more_rows, 4: more_cols}
     mask = dataclasses.replace(
