@@ -52,7 +52,7 @@ def padded(inputs: Inputs, rows: int, cols: int) -> Inputs:
             return None
         return jnp.pad(x, [(0, axes.get(n, 0) if size > least else 0) for n, size in enumerate(x.shape)])
 
-    known = [x.shape[0] for x in (mask.offset, mask.query_lengths, mask.key_lengths) if x is not None]
+    known = [x.shape[0] for x in (mask.offset, mask.query_lengths, mask.key_lengths, mask.dense) if x is not None]
     batch = max(known, default=1)  # as many as the mask has, of which one may stand for all
     lengths = {
         "query_lengths": jnp.full((batch,), T) if mask.query_lengths is None else mask.query_lengths,
