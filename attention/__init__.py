@@ -21,7 +21,7 @@ from attention.method import (
     parse_method,
 )
 from attention.scale_rules import SCALE_RULES, adaptive_factor, visible_keys, yarn_factor
-from attention.sparse import TopK
+from attention.sparse import Certified, TopK
 
 __all__ = [
     "METHODS",
@@ -29,6 +29,7 @@ __all__ = [
     "AttentionSteps",
     "Capabilities",
     "Certificate",
+    "Certified",
     "Chunked",
     "Cost",
     "Diagnostics",

@@ -52,6 +52,21 @@ def test_random_features_are_measured_beside_their_closed_forms(tmp_path, capsys
     assert "closed form" in capsys.readouterr().out
 
 
+def test_certificates_are_measured(tmp_path, capsys):
+    options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --tolerances 0.01"
+    benchmark.main(["certified", *options.split(), "--bounds", "ball", "--rounds", "1", "--out", str(tmp_path)])
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    looked_at, races = [x for x in cells if "family" in x], [x for x in cells if "label" in x]
+    assert len(looked_at) == 4 * 2
+    assert len(races) == 4
+    for cell in looked_at:
+        assert cell["violations"] == 0
+        assert 0 <= cell["oracle"] <= 1
+        assert 0 <= cell["read"] <= 1
+    assert all(race["largest_error"] <= race["largest_bound"] for race in races)
+    assert "coherent" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_contestants_answer_the_same_question(gradient, causal):

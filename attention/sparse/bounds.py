@@ -1,4 +1,4 @@
-"""Sound bounds for sparse attention: the spread of the values, and the error that dropped keys can cause."""
+"""Sound bounds for sparse attention: the reach of a page's logits, the spread of the values, what dropped keys do."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,7 +6,69 @@ from jaxtyping import Array, Float
 
 from attention.inputs import Inputs
 from attention.method import Certificate
-from attention.rounding import logit_rounding, max_over_visible, norms, rounding_bound, sees_any, sum_rounding
+from attention.rounding import (
+    logit_rounding,
+    max_over_visible,
+    norms,
+    product_roundoff,
+    rounding_bound,
+    sees_any,
+    sum_rounding,
+)
+from attention.sparse.moments import Moments, outward
+
+
+def ball(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
+    r"""|q| max_j |k_j - c_p|, which no |q.(k_j - c_p)| exceeds; rounded outward. No product: T P operations."""
+    wide = outward(query.dtype, query.shape[-1])
+    return wide * norms(query)[None] * _first(pages.radius, query)
+
+
+def box(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
+    r"""sum_h |q_h| max_j |k_jh - c_ph|, which no |q.(k_j - c_p)| exceeds; rounded outward. 2 T P H operations.
+
+    References:
+        Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774, 3.2.
+    """
+    assert pages.half is not None, "moments(bound='box')"
+    return _above(_product("...th,ph->p...t", jnp.abs(query), pages.half), query)
+
+
+def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
+    r"""sum_r |U_r.q| max_j |U_r.y_j| + |q - U U^T q| max_j |y_j - U U^T y_j|, y_j = k_j - c_p, U the page's basis.
+
+    With A = I - U U^T, q.y = (U^T q).(U^T y) + q.A y and q.A y = (A q).(A y) + q.(A - A^2) y, where A - A^2 =
+    U (I - U^T U) U^T vanishes for an orthonormal U, and for a computed one is at most |U|^2 |I - U^T U|; that term is
+    added. Rounded outward. 4 T P H r operations and T P (H + r) memory: for few queries.
+    """
+    basis, across, remote = pages.basis, pages.across, pages.rest
+    assert basis is not None, "moments(bound='sketch')"
+    assert across is not None, "moments(bound='sketch')"
+    assert remote is not None, "moments(bound='sketch')"
+    r = basis.shape[-1]
+    along = _product("...th,phr->p...tr", query, basis)
+    rest = query[None] - _product("p...tr,phr->p...th", along, basis)
+    u, length = product_roundoff(query.dtype), norms(query)[None]
+    gram = _product("phr,phs->prs", basis, basis)
+    defect = jnp.linalg.norm(gram - jnp.eye(r, dtype=gram.dtype)[None], axis=(-2, -1)) + 2 * r * query.shape[-1] * u
+    lost = (1 + defect) * defect + 2 * query.shape[-1] * (r + 2) * u
+    inside = _product("p...tr,pr->p...t", jnp.abs(along), across)
+    reach = inside + norms(rest) * _first(remote, query) + length * _first(lost * pages.radius, query)
+    return _above(reach, query)
+
+
+def _first(x: Float[Array, " P"], like: Float[Array, "*B H"]) -> Float[Array, "P ..."]:
+    """A number a page, along the first of as many axes as `like` has."""
+    return x.reshape(x.shape + (1,) * (like.ndim - 1))
+
+
+def _above(reach: Float[Array, "P *B T"], query: Float[Array, "*B T H"]) -> Float[Array, "P *B T"]:
+    """Above what rounding makes of sums of H products of positive numbers."""
+    return reach * (1 + 2 * query.shape[-1] * product_roundoff(query.dtype)) * outward(query.dtype, 0)
+
+
+# Upper bounds on max_j |q.(k_j - c_p)|, interchangeable: all are sound, they differ in cost and tightness.
+REACH = {"ball": ball, "box": box, "sketch": sketch}
 
 
 def value_diameter(inputs: Inputs) -> Float[Array, "B K 1 T"]:
@@ -22,9 +84,20 @@ def value_diameter(inputs: Inputs) -> Float[Array, "B K 1 T"]:
     value = inputs.value.astype(inputs.query.dtype)
     box = norms(lax.cummax(value, axis=2) - lax.cummin(value, axis=2))
     radius = jnp.minimum(lax.cummax(norms(value), axis=2), lax.cummax(norms(value - value[:, :, :1]), axis=2))
-    outward = 1 + (value.shape[-1] + 8) * float(jnp.finfo(value.dtype).eps)
+    wide = 1 + (value.shape[-1] + 8) * float(jnp.finfo(value.dtype).eps)
     # Each of the three grows along the prefix, so the maximum over a prefix is its last entry.
-    return max_over_visible(inputs.mask, _known(outward * jnp.minimum(box, 2 * radius)))
+    return max_over_visible(inputs.mask, _known(wide * jnp.minimum(box, 2 * radius)))
+
+
+def value_reach(inputs: Inputs) -> Float[Array, "B K 1 T"]:
+    r"""As `value_diameter` without the box, which costs running maxima of every entry: twice the smaller radius.
+
+    Cost: O(S E) time, O(S) memory a key head.
+    """
+    value = inputs.value.astype(inputs.query.dtype)
+    wide = 1 + (value.shape[-1] + 8) * float(jnp.finfo(value.dtype).eps)
+    radii = (max_over_visible(inputs.mask, _known(wide * norms(x))) for x in (value, value - value[:, :, :1]))
+    return 2 * jnp.minimum(*radii)
 
 
 def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, "B K G T"]:
@@ -40,10 +113,15 @@ def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, 
     underflows to. Which keys were kept does not matter: rounding may move keys across the threshold, which
     changes tau, and not the bound on it.
     """
-    error = sum_rounding(inputs, rescalings=0)
+    # No mass is above 1, nor is NaN known.
+    return jnp.where(tail == 0, 0, jnp.fmin(odds_rounding(inputs, rescalings=0) * tail, 1))
+
+
+def odds_rounding(inputs: Inputs, *, rescalings: int) -> Float[Array, "B K G T"]:
+    """e^{2D} (1 + e) / (1 - e), by which rounding changes the ratio of two sums of exponentials, and a part more."""
+    error = sum_rounding(inputs, rescalings=rescalings)
     ratio = (1 + error) / jnp.where(error < 1, 1 - error, 0)
-    # One part in a thousand covers the rounding of this expression itself; no mass is above 1, nor is NaN known.
-    return jnp.where(tail == 0, 0, jnp.fmin(1.001 * jnp.exp(2 * logit_rounding(inputs)) * ratio * tail, 1))
+    return 1.001 * jnp.exp(2 * logit_rounding(inputs)) * ratio  # a part in a thousand for the expression itself
 
 
 def sparse_certificate(inputs: Inputs, tail: Float[Array, "B K G T"], *, work: float) -> Certificate:
@@ -66,3 +144,7 @@ def sparse_certificate(inputs: Inputs, tail: Float[Array, "B K G T"], *, work: f
 def _known(bound: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """Infinity for NaN, which infinite values make of differences and of products with 0."""
     return jnp.where(jnp.isnan(bound), jnp.inf, bound)
+
+
+def _product(subscripts: str, *operands: Array) -> Array:
+    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,205 @@
+"""Which pages each query reads, and which it replaces by their means: decided before a key is read.
+
+For a page of n keys with mean key c and mean value m, s = q.c and x_j = q.(k_j - c), the mean's share of the error is
+
+    |sum_j e^{s + x_j} (v_j - o) - n e^s (m - o)| <= n e^s [psi(R) lambda |q|^2 D + mu |q|] + rounding,
+
+with |x_j| <= R, psi(R) = (e^R - 1 - R) / R^2, lambda and mu the norms of the page's second moments, and D no less than
+|v_j - o|. A page's sum of e^l is at least n e^s (Jensen), so that division by the sum of n e^s bounds the error of the
+output; `docs/bounds.md` has the derivation. A row's plan depends on what that row sees and on nothing else.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from attention.exponential import power, unit
+from attention.inputs import Inputs
+from attention.masks import Mask
+from attention.rounding import logit_rounding, max_over_visible, norms, rounding_bound, roundoff, sum_rounding
+from attention.sparse.bounds import value_reach
+from attention.sparse.moments import Moments
+
+Reach = Callable[[Array, Moments], Array]
+
+
+class Limits(NamedTuple):
+    """What bounds the error of a query beside its plan.
+
+    Attributes:
+        diameter: D, an upper bound on the distance of a value that the query sees from its output.
+        rounding: the error of attention to the keys that are read and to the means, in floating point.
+        odds: the factor by which rounding can change the ratio of two sums of exponentials.
+        size: an upper bound on the size of the logits.
+    """
+
+    diameter: Float[Array, "*B G T"]
+    rounding: Float[Array, "*B G T"]
+    odds: Float[Array, "*B G T"]
+    size: Float[Array, "*B G T"]
+
+
+class Visible(NamedTuple):
+    """What the queries of a tile see of the pages of one head.
+
+    Attributes:
+        whole: whether a query sees all keys of a page.
+        seen: whether it may see any.
+        edge: the mean of the keys from the start of a page to the last key that it sees.
+        count: the number of these keys; 0 where it sees the page whole, or does not see all of them.
+    """
+
+    whole: Bool[Array, "P 1 T"]
+    seen: Bool[Array, "P 1 T"]
+    edge: Float[Array, "T H"]
+    count: Float[Array, " T"]
+
+
+class Plan(NamedTuple):
+    """What becomes of each page, and the error that the means can cause, in units of e^top.
+
+    Pages come first: what is added up over them then spreads along the vector units of a CPU.
+
+    Attributes:
+        read: whether the keys of the page are read.
+        mean: whether the page is replaced by its means.
+        logits: q.c.
+        top: the largest logit of a mean of keys that the query sees; 0 where none is known.
+        error: an upper bound on |sum over replaced pages of the difference of weighted values - o|.
+        mass: an upper bound on the sum of e^{l} over the keys of replaced pages.
+    """
+
+    read: Bool[Array, "P G T"]
+    mean: Bool[Array, "P G T"]
+    logits: Float[Array, "P G T"]
+    top: Float[Array, "G T"]
+    error: Float[Array, "G T"]
+    mass: Float[Array, "G T"]
+
+
+def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) -> Limits:
+    """The limits of every query, by prefixes of the keys; `rescalings` and `fixed_shift` as in `rounding_bound`."""
+    dtype, H = inputs.query.dtype, inputs.query.shape[-1]
+    moved, sums = logit_rounding(inputs), sum_rounding(inputs, rescalings=rescalings)
+    ratio = (1 + sums) / jnp.where(sums < 1, 1 - sums, 0)
+    # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
+    odds = 1.001 * jnp.exp(2 * moved * (1 + (page + 8) / H)) * ratio
+    lengths = norms(inputs.query) * max_over_visible(inputs.mask, norms(inputs.key.astype(dtype)))
+    if inputs.soft_cap is not None:
+        lengths = jnp.minimum(lengths, inputs.soft_cap.astype(dtype))
+    largest = max_over_visible(inputs.mask, norms(inputs.value.astype(dtype)))
+    means = 2 * (page + 8) * roundoff(dtype) * largest
+    shape = inputs.query.shape[:-1]
+    return Limits(
+        diameter=jnp.broadcast_to(value_reach(inputs) + means, shape),
+        rounding=rounding_bound(inputs, rescalings=rescalings, fixed_shift=fixed_shift) + means,
+        odds=odds,
+        size=lengths if inputs.bias is None else jnp.full(shape, jnp.inf, dtype),
+    )
+
+
+def visible_pages(mask: Mask, growing: Float[Array, "S H"], row, rows: int, page: int, *, regular: bool) -> Visible:
+    """What queries [row, row + rows) of one batch element see, with the mean of each key and those before in its page.
+
+    Only of `regular` calls, whose logits are q.k and whose mask has no table, can more be said than what may be seen.
+    """
+    first, last = (lax.dynamic_slice_in_dim(x[0], row, rows) for x in mask.key_range())
+    first, last, start = first[None], last[None], page * jnp.arange(mask.num_keys // page)[:, None]
+    whole, seen = (first <= start) & (last >= start + page - 1), (first <= start + page - 1) & (last >= start)
+    known = (first <= start) & (last >= start)
+    if mask.query_segments is not None and mask.key_segments is not None:
+        mine = lax.dynamic_slice_in_dim(mask.query_segments[0], row, rows)[None]
+        theirs = mask.key_segments[0].reshape(-1, page)
+        low, high = theirs.min(1)[:, None], theirs.max(1)[:, None]
+        same = (low == mine) & (high == mine)
+        whole, known, seen = whole & same, known & same, seen & (low <= mine) & (mine <= high)
+    cut = (known & ~whole).any(0) & regular
+    count = jnp.where(cut, last[0] % page + 1, 0).astype(growing.dtype)
+    edge = growing[last[0].clip(0, mask.num_keys - 1)]
+    return Visible((whole & regular)[:, None], seen[:, None], edge, count)
+
+
+def growing_means(key: Float[Array, "S H"], page: int) -> Float[Array, "S H"]:
+    """The mean of each key and of those before it in its page, by a triangular product."""
+    weights = jnp.tri(page, dtype=key.dtype) / jnp.arange(1, page + 1, dtype=key.dtype)[:, None]
+    pages = key.reshape(-1, page, key.shape[-1])
+    return jnp.einsum("ij,pjh->pih", weights, pages, precision=lax.Precision.HIGHEST).reshape(key.shape)
+
+
+def plan(
+    query: Float[Array, "G T H"],
+    pages: Moments,
+    visible: Visible,
+    own: Limits,
+    *,
+    size: int,
+    tolerance: float,
+    reach: Reach,
+) -> Plan:
+    """The plan of a tile of queries of one head, for pages of `size` keys.
+
+    The budget is tolerance times a lower bound on diam(V), the width of a page that the query sees whole, less what
+    rounding may take; shares of the error up to a threshold go to the means, the others are read.
+
+    Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
+    """
+    whole, length, diameter = visible.whole, norms(query)[None], own.diameter[None]
+    spread, coupling, width, key_shift, value_shift = (
+        x.reshape(-1, 1, 1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
+    )
+    logits = jnp.einsum("GTH,PH->PGT", query, pages.key, precision=lax.Precision.HIGHEST)
+    edge = jnp.where(visible.count > 0, (query * visible.edge[None]).sum(-1), -jnp.inf)
+    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), edge)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    exponent, R = logits - top[None], reach(query, pages)
+    near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
+    total = size * near.sum(0) + visible.count[None] * jnp.exp(edge - top)
+    second = _remainder(near, exponent, R) * jnp.minimum(spread * length**2, R**2)
+    shift = key_shift * length * (diameter + value_shift) + value_shift
+    share = size * (second * diameter + _positive(near) * (coupling * length + shift))
+    share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known
+    width = jnp.where(whole, width, 0).max(0)
+    budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * total
+    mean = whole & (share <= _threshold(share, budget)[None])
+    error = jnp.where(mean, share, 0).sum(0)
+    mass = size * jnp.where(mean, near + second, 0).sum(0)
+    return Plan(visible.seen & ~mean, mean, logits, top, error, mass)
+
+
+def _threshold(share: Float[Array, "P G T"], budget: Float[Array, "G T"]) -> Float[Array, "G T"]:
+    """The budget over 2^e, with the smallest e >= 0 for which the shares up to it add up to no more than the budget.
+
+    With e = log2(P) they always do; bisection over the integers up to it.
+    """
+    low, high = jnp.zeros(budget.shape, jnp.int32), jnp.full(budget.shape, len(share).bit_length(), jnp.int32)
+    for _ in range(_halvings(len(share))):
+        middle = (low + high) // 2
+        level = budget * jnp.exp2(-middle.astype(budget.dtype))
+        fits = jnp.where(share <= level[None], share, 0).sum(0) <= budget
+        low, high = jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+    return budget * jnp.exp2(-high.astype(budget.dtype))
+
+
+def _halvings(pages: int) -> int:
+    """Halvings that leave one of bit_length + 1 exponents."""
+    return pages.bit_length().bit_length() + 1
+
+
+def _remainder(near, exponent, R):
+    """Psi(R) e^exponent: (e^R - 1 - R) / R^2 for large R, and 1 / (2 (1 - R / 3)), which is no less, for small.
+
+    psi(R) = sum R^k / (k + 2)! <= sum (R / 3)^k / 2. Beyond R = 1 the difference loses less than 7 times its operands'
+    relative error.
+    """
+    far = jnp.exp(exponent + R)
+    large = (far - near * (1 + R)) / jnp.maximum(R, 1) ** 2
+    small = _positive(near) / (2 * (1 - jnp.minimum(R, 1) / 3))
+    return jnp.where(R < 1, small, _positive(large))
+
+
+def _positive(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """No less than the smallest normal number: what underflows is counted."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
