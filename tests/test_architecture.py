@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"chunked", "linear", "sparse", "sharded", "fused"}
 FOUNDATION = {"method": set(), "masks": set(), "checks": set(), "positions": set(), "ranking": set()}
+FOUNDATION |= {"exponential": set()}
 FOUNDATION |= {"logits": {"checks"}}
 FOUNDATION |= {"inputs": {"method", "masks", "logits", "checks"}}
 FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
@@ -17,7 +18,7 @@ FOUNDATION |= {"rounding": {"masks", "inputs"}}
 FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache", "rounding"}}
 FOUNDATION |= {"diagnostics": {"method", "masks", "checks", "inputs", "exact", "ranking"}}
 FOUNDATION |= {"api": {"method", "masks", "logits", "inputs", "exact"}}
-BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
+BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact", "exponential"}
 
 
 def imported(path: Path) -> set[str]:

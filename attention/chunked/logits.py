@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from attention.chunked.exponential import unit
+from attention.exponential import unit
 from attention.chunked.sizes import Tiling
 from attention.inputs import Inputs
 from attention.logits import soft_capped

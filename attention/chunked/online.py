@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.chunked.exponential import power, unit
+from attention.exponential import power, unit
 from attention.chunked.logits import (
     bias_tile,
     columns,
