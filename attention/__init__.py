@@ -20,11 +20,12 @@ from attention.method import (
     make_method,
     parse_method,
 )
-from attention.sparse import TopK
+from attention.sparse import BlockTopK, LocalChunked, SlidingWindow, TopK
 
 __all__ = [
     "METHODS",
     "AttentionSteps",
+    "BlockTopK",
     "Capabilities",
     "Certificate",
     "Chunked",
@@ -32,9 +33,11 @@ __all__ = [
     "Diagnostics",
     "Exact",
     "Fused",
+    "LocalChunked",
     "Method",
     "Params",
     "Performer",
+    "SlidingWindow",
     "TopK",
     "UnsupportedError",
     "attention_steps",

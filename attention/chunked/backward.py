@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.exponential import power, unit
 from attention.chunked.logits import (
     bias_tile,
     columns,
@@ -30,6 +29,7 @@ from attention.chunked.logits import (
 )
 from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import banded, irregular, span
+from attention.exponential import power, unit
 from attention.inputs import Inputs
 
 Named = dict[str, jax.Array]

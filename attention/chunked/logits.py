@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from attention.exponential import unit
 from attention.chunked.sizes import Tiling
+from attention.exponential import unit
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import slice_or_keep

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.exponential import power, unit
 from attention.chunked.logits import (
     bias_tile,
     columns,
@@ -22,6 +21,7 @@ from attention.chunked.logits import (
 )
 from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Span, Tiles, banded, irregular, span
+from attention.exponential import power, unit
 from attention.inputs import Inputs
 from attention.rounding import max_over_visible, norms
 
