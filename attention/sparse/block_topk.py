@@ -12,6 +12,7 @@ from attention.exact import Exact
 from attention.inputs import Inputs, prepare_tokens, ungrouped
 from attention.masks import Mask
 from attention.method import Certificate, Cost, Method, check_positive, compiled
+from attention.sparse.gathered import calm_limit
 from attention.sparse.odds import odds_certificate
 from attention.sparse.pages import PagedCache, Pages, paged
 from attention.sparse.selection import Selection, chosen_tiles
@@ -129,17 +130,21 @@ class BlockTopK(Method):
         (B, K, G, T, _) = inputs.query.shape
         rule = Selection(self.blocks, self.block_size, self.query_block, self.window, self.sinks)
 
-        def head(b, k, g, query, own: Pages, lead):
+        def head(b, k, g, query, own: Pages, lead, bound=None):
             mask = one_head(inputs.mask, b, k, g)
-            return chosen_tiles(rule, query[None], own, mask, lead, inputs.soft_cap, certified=certified)
+            return chosen_tiles(rule, query[None], own, mask, lead, bound, inputs.soft_cap, certified=certified)
 
         if T > 1 or inputs.mask.dense is not None:
+            limit = calm_limit(inputs) if leader is None else None  # of a cache it would read every key
 
             def nth(n):
                 b, k, g = n // (K * G), n // G % K, n % G
                 own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
-                lead = None if leader is None else leader[b, k, g]
-                return head(b, k, g, inputs.query[b, k, g], own, lead)
+                lead, bound = (
+                    None if leader is None else leader[b, k, g],
+                    None if limit is None else limit[b, k, g][None],
+                )
+                return head(b, k, g, inputs.query[b, k, g], own, lead, bound)
 
             found = lax.map(nth, jnp.arange(B * K * G))
             return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)

@@ -1,13 +1,13 @@
 """Certificates from the odds of what was not read, of which only an upper bound is known."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attention.inputs import Inputs
 from attention.method import Certificate
-from attention.sparse.bounds import sparse_certificate
+from attention.rounding import rounding_bound, sees_any
+from attention.sparse.bounds import dropped_mass, value_diameter
+from attention.sparse.gathered import CALM
 
 
 def odds(lost: Float[Array, "*N"], total: Float[Array, "*N"]) -> Float[Array, "*N"]:
@@ -18,11 +18,18 @@ def odds(lost: Float[Array, "*N"], total: Float[Array, "*N"]) -> Float[Array, "*
 
 
 def odds_certificate(inputs: Inputs, against: Float[Array, "B K G T"], work: Float[Array, ""]) -> Certificate:
-    """`attention.sparse.bounds.sparse_certificate` for odds a : 1, of which the share is a / (1 + a).
+    """The bound tau diam(V), and rounding: the odds a : 1 of what was not read give tau <= a / (1 + a).
 
     A row that read nothing of what it sees has output 0, whose error no diameter bounds: infinite.
     """
     share = jnp.where(against < 1, against / (1 + against), 1 / (1 + 1 / against))
-    known = sparse_certificate(inputs, share, work=1.0)
-    bound = jnp.where(jnp.isinf(against), jnp.inf, known.error_bound)
-    return dataclasses.replace(known, error_bound=bound, work=work.astype(bound.dtype))
+    mass = dropped_mass(inputs, share)
+    bound = 1.001 * mass * value_diameter(inputs) + rounding_bound(inputs, rescalings=0, fixed_shift=CALM)
+    bound = jnp.where(jnp.isnan(bound) | jnp.isinf(against), jnp.inf, bound)
+    seen = sees_any(inputs.mask)
+    return Certificate(
+        error_bound=jnp.where(seen, bound, 0),
+        dropped_mass=jnp.where(seen, mass, 0),
+        work=work.astype(bound.dtype),
+        kind="deterministic",
+    )

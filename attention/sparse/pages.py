@@ -71,7 +71,7 @@ def sound_box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -
     dtype, H = query.dtype, query.shape[-1]
     low, high = (lax.stop_gradient(x).astype(dtype) for x in (pages.low, pages.high))
     largest = norms(jnp.maximum(jnp.abs(low), jnp.abs(high)))
-    size = norms(lax.stop_gradient(query))[..., None] * largest
+    size = norms(lax.stop_gradient(query))[..., None] * largest[None, None]
     margin = 1.01 * (2 * H * product_roundoff(dtype) + 16 * roundoff(dtype)) * size
     bound = box_bound(query, pages) + margin + 4 * H * float(jnp.finfo(dtype).tiny)
     if soft_cap is None:

@@ -47,7 +47,9 @@ class _Tile(NamedTuple):
     counts: Bool[Array, " c"]
 
 
-def chosen_tiles(rule: Selection, query: Float[Array, "G T H"], pages: Pages, mask: Mask, leader, cap, *, certified):
+def chosen_tiles(
+    rule: Selection, query: Float[Array, "G T H"], pages: Pages, mask: Mask, leader, limit, cap, *, certified: bool
+):
     """Outputs `G T E`, odds of what was not read `G T` (None unless certified), and the share of pages read `tiles`.
 
     Args:
@@ -56,6 +58,7 @@ def chosen_tiles(rule: Selection, query: Float[Array, "G T H"], pages: Pages, ma
         pages: of their key head.
         mask: of these heads.
         leader: `H`, the first query of the tile in which the first one lies, where that is not among them; or None.
+        limit: `G T`, an upper bound on the size of logits; or None.
         cap: the soft cap, or None.
         certified: whether odds are computed.
     """
@@ -82,7 +85,8 @@ def chosen_tiles(rule: Selection, query: Float[Array, "G T H"], pages: Pages, ma
             real = rows < (T if mask.query_lengths is None else mask.query_lengths[0])
             who = _Tile(rows, rows[0] + offset, own, real)
         at, exists = _choice(rule, who, pages, mask, cap)
-        found = attend(own, *_gathered(pages, at), _visible(rule, mask, rows, at, exists), cap)
+        bound = None if limit is None else limit[:, rows.clip(0, T - 1)]
+        found = attend(own, *_gathered(pages, at, mask), _visible(rule, mask, rows, at, exists), cap, bound)
         against = _odds(own, rows, found, pages, mask, at, exists, cap) if certified else None
         return found.output, against, exists.sum() / pages.low.shape[0]
 
@@ -136,24 +140,35 @@ def _scores(tile: _Tile, pages: Pages, free: Bool[Array, " P"], cap) -> Float[Ar
     bounds = box_bound(tile.choosers, pages, cap)
     if bounds.shape[:2] == (1, 1):
         return bounds[0, 0]
-    bounds = jnp.where(free, bounds, -jnp.inf)
+    bounds = jnp.where(free[None, None], bounds, -jnp.inf)
     shares = jax.nn.log_softmax(jnp.where(free.any(), bounds, 0), axis=-1)
-    return jax.nn.logsumexp(jnp.where(tile.counts[:, None], shares, -jnp.inf), axis=(0, 1))
+    return jax.nn.logsumexp(jnp.where(tile.counts[None, :, None], shares, -jnp.inf), axis=(0, 1))
 
 
-def _gathered(pages: Pages, at: Int[Array, " n"]) -> tuple[Float[Array, "nC H"], Float[Array, "nC E"]]:
-    """The keys and the values of the pages `at`, one after another; a page is copied as one row."""
+def _gathered(pages: Pages, at: Int[Array, " n"], mask: Mask) -> tuple[Float[Array, "nC H"], Float[Array, "nC E"]]:
+    """The keys and the values of the pages `at`, one after another; a page is copied as one row.
+
+    Beyond the length, where a cache may hold anything, they are zeros.
+    """
     P, C = pages.key.shape[:2]
-    key, value = (jnp.take(x.reshape(P, -1), at, axis=0, mode="clip") for x in (pages.key, pages.value))
-    return key.reshape(at.size * C, -1), value.reshape(at.size * C, -1)
+    key, value = (
+        jnp.take(x.reshape(P, -1), at, axis=0, mode="clip").reshape(at.size * C, -1) for x in (pages.key, pages.value)
+    )
+    if mask.key_lengths is None:
+        return key, value
+    there = (_keys(at, C) < mask.key_lengths[0])[:, None]
+    return tuple(jnp.where(there, x, jnp.zeros_like(x)) for x in (key, value))
+
+
+def _keys(at: Int[Array, " n"], C: int) -> Int[Array, " nC"]:
+    return (at[:, None] * C + jnp.arange(C)[None]).ravel()
 
 
 def _visible(rule: Selection, mask: Mask, rows, at, exists) -> Bool[Array, "g R nC"]:
     """Which of the gathered keys each row sees."""
-    C = rule.block_size
-    keys = (at[:, None] * C + jnp.arange(C)).ravel()
-    there = jnp.repeat(exists, C) & (keys < mask.num_keys)
-    return mask.at(rows, keys)[0, 0] & there
+    keys = _keys(at, rule.block_size)
+    there = jnp.repeat(exists, rule.block_size) & (keys < mask.num_keys)
+    return mask.at(rows, keys)[0, 0] & there[None, None]
 
 
 def _odds(query, rows, found, pages: Pages, mask: Mask, at, exists, cap) -> Float[Array, "G R"]:
@@ -163,10 +178,10 @@ def _odds(query, rows, found, pages: Pages, mask: Mask, at, exists, cap) -> Floa
     """
     P, C = pages.key.shape[:2]
     tiny = float(jnp.finfo(query.dtype).tiny)
-    read = ((at[:, None] == jnp.arange(P)) & exists[:, None]).any(0)
+    read = ((at[:, None] == jnp.arange(P)[None]) & exists[:, None]).any(0)[None]
     first, last = (x[0][rows.clip(0, mask.num_queries - 1)][:, None] for x in mask.key_range())
-    starts = jnp.arange(P) * C
+    starts = jnp.arange(P)[None] * C
     dropped = (starts <= last) & (starts + C > first) & (first <= last) & ~read
     terms = jnp.exp(sound_box_bound(query, pages, cap) - found.level[..., None])
-    lost = C * jnp.where(dropped, jnp.maximum(terms, tiny), 0).sum(-1)
+    lost = C * jnp.where(dropped[None], jnp.maximum(terms, tiny), 0).sum(-1)
     return odds(lost, found.total)
