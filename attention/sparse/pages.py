@@ -122,26 +122,20 @@ class PagedCache:
         first = jnp.minimum(self.length // C, P - touched)
 
         def write(_, room):
-            old_key, old_value, low, high = room
-            keys, values = (
+            return tuple(
                 lax.dynamic_update_slice_in_dim(
                     old.reshape(*old.shape[:2], P * C, -1), new.astype(old.dtype), self.length, axis=2
                 ).reshape(old.shape)
-                for old, new in ((old_key, key), (old_value, value))
-            )
-            those = lax.dynamic_slice_in_dim(keys, first, touched, axis=2)
-            exists = (first * C + jnp.arange(touched * C)).reshape(1, 1, touched, C, 1) < end
-            news = boxes(those, exists)
-            return (
-                keys,
-                values,
-                *(
-                    lax.dynamic_update_slice_in_dim(old, new, first, axis=2)
-                    for old, new in zip((low, high), news, strict=True)
-                ),
+                for old, new in zip(room, (key, value), strict=True)
             )
 
-        # A loop of one step, which XLA does not know: see `attention.cache.KeyValueCache.append`.
-        room = (self.key, self.value, self.low, self.high)
-        key, value, low, high = lax.fori_loop(0, jnp.minimum(end, 1), write, room)
-        return dataclasses.replace(self, key=key, value=value, low=low, high=high, length=end)
+        # A loop of one step, which XLA does not know, and nothing in it that reads what it wrote: see
+        # `attention.cache.KeyValueCache.append`.
+        keys, values = lax.fori_loop(0, jnp.minimum(end, 1), write, (self.key, self.value))
+        those = lax.dynamic_slice_in_dim(keys, first, touched, axis=2)
+        exists = (first * C + jnp.arange(touched * C)).reshape(1, 1, touched, C, 1) < end
+        low, high = (
+            lax.dynamic_update_slice_in_dim(old, new, first, axis=2)
+            for old, new in zip((self.low, self.high), boxes(those, exists), strict=True)
+        )
+        return dataclasses.replace(self, key=keys, value=values, low=low, high=high, length=end)
