@@ -73,7 +73,8 @@ def sound_box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -
     largest = norms(jnp.maximum(jnp.abs(low), jnp.abs(high)))
     size = norms(lax.stop_gradient(query))[..., None] * largest[None, None]
     margin = 1.01 * (2 * H * product_roundoff(dtype) + 16 * roundoff(dtype)) * size
-    bound = box_bound(query, pages) + margin + 4 * H * float(jnp.finfo(dtype).tiny)
+    underflow = 4 * H * float(jnp.finfo(dtype).tiny) * (1 + norms(lax.stop_gradient(query)))[..., None]
+    bound = box_bound(query, pages) + margin + underflow
     if soft_cap is None:
         return bound
     return soft_cap * jnp.tanh(bound / soft_cap) + 16 * roundoff(dtype) * jnp.minimum(jnp.abs(bound), soft_cap)
