@@ -150,8 +150,8 @@ class BlockTopK(Method):
             return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)
         over_g = jax.vmap(head, in_axes=(None, None, 0, 0, None, 0))
         over_k = jax.vmap(over_g, in_axes=(None, 0, None, 0, 0, 0))
-        indices = (jnp.arange(n) for n in (B, K, G))
-        return jax.vmap(over_k, in_axes=(0, None, None, 0, 0, 0))(*indices, inputs.query, pages, leader)
+        over_b = jax.vmap(over_k, in_axes=(0, None, None, 0, 0, 0))
+        return over_b(jnp.arange(B), jnp.arange(K), jnp.arange(G), inputs.query, pages, leader)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """Every tile is counted with as many pages as it can read."""

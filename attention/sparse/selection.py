@@ -157,7 +157,7 @@ def _gathered(pages: Pages, at: Int[Array, " n"], mask: Mask) -> tuple[Float[Arr
     if mask.key_lengths is None:
         return key, value
     there = (_keys(at, C) < mask.key_lengths[0])[:, None]
-    return tuple(jnp.where(there, x, jnp.zeros_like(x)) for x in (key, value))
+    return jnp.where(there, key, jnp.zeros_like(key)), jnp.where(there, value, jnp.zeros_like(value))
 
 
 def _keys(at: Int[Array, " n"], C: int) -> Int[Array, " nC"]:
