@@ -19,6 +19,7 @@ from attention.sparse.odds import odds, odds_certificate
 from attention.sparse.pages import Pages, paged, sound_box_bound
 
 PAGE = 64  # keys in a page, whose bounds certify what was not read
+UNBOUNDED = 2**28  # positions: further than any two are apart, and small enough for sums of a few in 32 bits
 
 
 class Reach(NamedTuple):

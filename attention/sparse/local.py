@@ -4,7 +4,7 @@ import dataclasses
 
 from attention.masks import Mask
 from attention.method import check_positive
-from attention.sparse.band import Banded, Reach
+from attention.sparse.band import UNBOUNDED, Banded, Reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class LocalChunked(Banded):
         return tuple(dataclasses.replace(self, chunk=max(1, length // share)) for share in (16, 4, 2, 1))
 
     def exact_limit(self, length: int) -> "LocalChunked":
-        # One block holds the keys and every position of a query.
-        return dataclasses.replace(self, chunk=2 * length + 2)
+        del length  # of the keys; a query may stand further from them
+        return dataclasses.replace(self, chunk=UNBOUNDED, previous=0)
 
     def tile_size(self) -> int:
         return self.chunk

@@ -4,7 +4,7 @@ import dataclasses
 
 from attention.masks import Mask
 from attention.method import check_positive
-from attention.sparse.band import Banded, Reach
+from attention.sparse.band import UNBOUNDED, Banded, Reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class SlidingWindow(Banded):
         return tuple(dataclasses.replace(self, window=max(1, length // share)) for share in (16, 4, 2, 1))
 
     def exact_limit(self, length: int) -> "SlidingWindow":
-        # Positions of queries may lie as far from the keys as the keys are many, at either end.
-        return dataclasses.replace(self, window=2 * length + 2)
+        del length  # of the keys; a query may stand further from them
+        return dataclasses.replace(self, window=UNBOUNDED)
 
     def tile_size(self) -> int:
         return self.query_chunk
