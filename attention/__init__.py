@@ -21,12 +21,13 @@ from attention.method import (
     parse_method,
 )
 from attention.scale_rules import SCALE_RULES, adaptive_factor, visible_keys, yarn_factor
-from attention.sparse import Certified, TopK
+from attention.sparse import BlockTopK, Certified, LocalChunked, SlidingWindow, TopK
 
 __all__ = [
     "METHODS",
     "SCALE_RULES",
     "AttentionSteps",
+    "BlockTopK",
     "Capabilities",
     "Certificate",
     "Certified",
@@ -35,9 +36,11 @@ __all__ = [
     "Diagnostics",
     "Exact",
     "Fused",
+    "LocalChunked",
     "Method",
     "Params",
     "Performer",
+    "SlidingWindow",
     "TopK",
     "UnsupportedError",
     "adaptive_factor",

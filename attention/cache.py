@@ -35,15 +35,7 @@ class KeyValueCache:
             ValueError: the cache is full. Where the length is traced, `checkify` reports it; without it the
                 new values are NaN, so that an overrun cannot pass for an answer.
         """
-        end = self.length + key.shape[1]
-        fits = end <= self.max_length
-        if not isinstance(end, Tracer) and not fits:
-            raise ValueError(
-                f"the cache holds {self.length} tokens of max_length {self.max_length}: "
-                f"{key.shape[1]} more do not fit; pass a larger max_length to init_state"
-            )
-        traced_check(fits, "the cache is full: {end} tokens", end=end)
-        value = jnp.where(fits, value, jnp.nan)
+        end, value = room_for(self.length, self.max_length, value, axis=1)
 
         def write(_, room):
             return tuple(
@@ -55,6 +47,23 @@ class KeyValueCache:
         # every reader of the cache, with a copy for each.
         key, value = lax.fori_loop(0, jnp.minimum(end, 1), write, (self.key, self.value))
         return KeyValueCache(key=key, value=value, length=end)
+
+
+def room_for(length, max_length: int, value: Float[Array, "..."], *, axis: int) -> tuple[Int[Array, ""], Array]:
+    """The length with the new tokens, which lie along an axis of `value`, and their values: NaN where they do not fit.
+
+    Raises:
+        As `KeyValueCache.append`.
+    """
+    end = length + value.shape[axis]
+    fits = end <= max_length
+    if not isinstance(end, Tracer) and not fits:
+        raise ValueError(
+            f"the cache holds {length} tokens of max_length {max_length}: "
+            f"{value.shape[axis]} more do not fit; pass a larger max_length to init_state"
+        )
+    traced_check(fits, "the cache is full: {end} tokens", end=end)
+    return end, jnp.where(fits, value, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,18 @@ def power(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.bitcast_convert_type(bits, x.dtype)
 
 
+@jax.custom_jvp
+def smooth_power(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`power`, with the derivative of what it approximates, to any order and in either mode."""
+    return power(x)
+
+
+@smooth_power.defjvp
+def _smooth_power_jvp(primals, tangents):
+    y = smooth_power(*primals)
+    return y, y * (tangents[0] / unit(y.dtype))
+
+
 def _coefficient(i: int) -> float:
     return math.log(2) ** i / math.factorial(i)
 

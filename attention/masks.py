@@ -50,20 +50,35 @@ class Mask:
         """
         return self._visible(row, rows, col, cols, (3, 4))
 
+    def at(self, queries: Int[Array, " rows"], keys: Int[Array, " cols"]) -> Bool[Array, "b k g rows cols"]:
+        """Visibility of any keys from any queries; an index that does not exist stands for the nearest that does."""
+        i, j = queries.clip(0, self.num_queries - 1), keys.clip(0, self.num_keys - 1)
+
+        def pick(x, at, axis):
+            return None if x is None else jnp.take(x, at, axis=axis, mode="clip")
+
+        dense = self.dense
+        if dense is not None:
+            dense = dense if dense.shape[3] == 1 else pick(dense, i, 3)
+            dense = dense if dense.shape[4] == 1 else pick(dense, j, 4)
+        segments = {"query_segments": pick(self.query_segments, i, 1), "key_segments": pick(self.key_segments, j, 1)}
+        picked = dataclasses.replace(self, dense=dense, **segments)
+        return picked._among(i.reshape(1, 1, 1, -1, 1), j.reshape(1, 1, 1, 1, -1), 0, i.size, 0, j.size, (3, 4))
+
     def tile_by_key(self, row, rows: int, col, cols: int) -> Bool[Array, "b k cols g rows"]:
         """`tile`, with the keys in front of the query heads and the queries."""
         return self._visible(row, rows, col, cols, (4, 2))
 
     def _visible(self, row, rows: int, col, cols: int, axes: tuple[int, int]):
         """A tile with its queries and its keys along the given two of five axes."""
-
-        def spread(x, axis):
-            return jnp.expand_dims(x, [n for n in range(1, 5) if n != axis])
-
         i, j = (
-            spread((start + jnp.arange(n))[None], axis)
+            _spread((start + jnp.arange(n))[None], axis)
             for start, n, axis in zip((row, col), (rows, cols), axes, strict=True)
         )
+        return self._among(i, j, row, rows, col, cols, axes)
+
+    def _among(self, i, j, row, rows: int, col, cols: int, axes: tuple[int, int]):
+        """Visibility of keys j from queries i, which stand from `col` and from `row` on in segments and `dense`."""
         first, last = self._band(i)
         visible = (j >= first) & (j <= last)
         if self.query_lengths is not None:
@@ -73,7 +88,7 @@ class Mask:
         if self.query_segments is not None and self.key_segments is not None:
             mine = lax.dynamic_slice_in_dim(self.query_segments, row, rows, axis=1)
             theirs = lax.dynamic_slice_in_dim(self.key_segments, col, cols, axis=1)
-            visible = visible & (spread(mine, axes[0]) == spread(theirs, axes[1]))
+            visible = visible & (_spread(mine, axes[0]) == _spread(theirs, axes[1]))
         if self.dense is not None:
             dense = slice_or_keep(slice_or_keep(self.dense, row, rows, 3), col, cols, 4)
             visible = visible & jnp.moveaxis(dense, (3, 4), axes)
@@ -152,6 +167,11 @@ class Mask:
 def slice_or_keep(x: Array, start, size: int, axis: int) -> Array:
     """A slice along an axis, or all of it where the axis has size 1 and stands for every index."""
     return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _spread(x: Int[Array, "b n"], axis: int) -> Int[Array, "..."]:
+    """Five axes, with the numbers of each batch element along the given one."""
+    return jnp.expand_dims(x, [n for n in range(1, 5) if n != axis])
 
 
 def _column(per_batch: Int[Array, " b"]) -> Int[Array, "b 1 1 1 1"]:

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import attention
-from experiments import certified, features, memory, race, throughput
+from experiments import certified, features, memory, race, sparse, throughput
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment
@@ -118,11 +118,39 @@ class Fused(Exact):
         return {self.mine: ours(cell, attention.Fused())} | kernels(cell)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sparse(Exact):
+    """Sparse attention against Chunked over the length and in decoding, and its selection against lax.top_k."""
+
+    lengths: tuple[int, ...] = (4096, 16384)
+    """Tokens, T = S."""
+    decoded: tuple[int, ...] = (32768, 131072)
+    """Tokens in the cache."""
+    rows: tuple[int, ...] = (4096,)
+    """Entries of a row, of which k are selected."""
+    k: int = 256
+    """Entries that are selected."""
+    out: Path = Path("runs/benchmark/sparse")
+    """Folder for results.json, sparse.svg and sparse.png."""
+
+    mine: ClassVar[str] = sparse.BASELINE
+
+    def cells(self) -> list[Any]:
+        heads, size = self.heads, self.head_sizes[0]
+        pairs = [sparse.Pair(T, causal, heads, size) for causal, T in itertools.product(self.causal, self.lengths)]
+        steps = [sparse.Step(S, heads, size) for S in self.decoded]
+        return [*pairs, *steps, *(sparse.Selection(S, min(self.k, S)) for S in self.rows)]
+
+    def contestants(self, cell: Any) -> dict[str, Contestant]:
+        return sparse.contestants(cell)
+
+
 Benchmark = (
     Annotated[Exact, tyro.conf.subcommand("exact")]
     | Annotated[Tiles, tyro.conf.subcommand("tiles")]
     | Annotated[Decode, tyro.conf.subcommand("decode")]
     | Annotated[Fused, tyro.conf.subcommand("fused")]
+    | Annotated[Sparse, tyro.conf.subcommand("sparse")]
     | Annotated[memory.Memory, tyro.conf.subcommand("memory")]
     | Annotated[throughput.Throughput, tyro.conf.subcommand("throughput")]
     | Annotated[certified.Certified, tyro.conf.subcommand("certified")]

@@ -57,7 +57,12 @@ def figure(results: list[dict[str, Any]], mine: str) -> Figure:
         panel.set_title(label, fontsize=10)
         panel.set_xlabel("length (tokens)")
     panels[0].set_ylabel(f"time / time of {mine} (ratio)")
-    panels[0].legend(frameon=False, fontsize=8)
+    known: set[str] = set()
+    for panel in panels:  # a legend where someone races who is in none before
+        names = set(panel.get_legend_handles_labels()[1])
+        if names - known:
+            panel.legend(frameon=False, fontsize=8)
+        known |= names
     return drawing
 
 

@@ -1,6 +1,9 @@
 """Sparse attention: which keys each row reads, with bounds on what the others could have changed."""
 
+from attention.sparse.block_topk import BlockTopK
 from attention.sparse.certified import Certified
+from attention.sparse.local import LocalChunked
 from attention.sparse.topk import TopK
+from attention.sparse.window import SlidingWindow
 
-__all__ = ["Certified", "TopK"]
+__all__ = ["BlockTopK", "Certified", "LocalChunked", "SlidingWindow", "TopK"]

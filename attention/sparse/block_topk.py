@@ -1,0 +1,187 @@
+"""Softmax attention over the pages of keys whose bounds are the largest, with a window and sinks beside them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from attention.exact import Exact
+from attention.inputs import Inputs, prepare_tokens, ungrouped
+from attention.masks import Mask
+from attention.method import Certificate, Cost, Method, check_positive, compiled
+from attention.sparse.gathered import calm_limit
+from attention.sparse.odds import odds_certificate
+from attention.sparse.pages import PagedCache, Pages, paged
+from attention.sparse.selection import Selection, chosen_tiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockTopK(Method):
+    r"""Softmax over `blocks` pages of keys that a tile of queries chooses, and over those of a window and of sinks.
+
+        o_i = sum_{j in A_i} e^{l_ij} v_j / sum_{j in A_i} e^{l_ij},    A_i = visible keys of the pages of i's tile
+
+    A page is `block_size` keys. Its bound on the logits of a query is that of the box around them. Where attention is
+    causal, the first query of a tile chooses the pages with the largest bounds, among those that lie before it; the
+    pages from there to the end of the tile, and those of `window` keys before it, are always read. Otherwise all
+    queries of the tile choose together: with p_ip the softmax of the bounds over the pages, the pages with the largest
+    sum_i p_ip. An output then depends on the queries that share its tile. Tiles count from position 0, and each query
+    head has its own choice. Only the pages that were chosen are read. Gradients flow through their entries; which
+    they are is piecewise constant.
+
+    In decoding, boxes are kept up to date in the state, and so is the first query of the tile at hand. How many query
+    heads there are is known from the first call of `extend` on.
+
+    Attributes:
+        blocks: pages that a tile chooses.
+        block_size: keys of a page, C.
+        query_block: queries of a tile; 1 lets every query choose for itself, which costs most.
+        window: keys before the first query of a tile (and, where not causal, after its last) whose pages are read;
+            0 without causality for none.
+        sinks: keys at the beginning whose pages are read.
+
+    Cost: 2 T n C (H + E) operations a head with n pages a tile, 4 S / C H for each query that chooses;
+    O((T + S) (H + E) + query_block n C) memory.
+    Error bound: tau diam(V), tau <= U / (Z + U) with Z the kept sum and U = sum C e^{bound} over the pages that were
+    not read (`attention.sparse.odds.odds_certificate`): often vacuous, since a box is loose.
+
+    Raises:
+        ValueError: a number of blocks or a size is no integer of at least 1, or a window or sinks below 0.
+
+    References:
+        Tang et al., "Quest", arXiv 2406.10774, section 3.2; Yuan et al., "Native sparse attention", arXiv 2502.11089,
+        section 3.3; Zaheer et al., "Big Bird", arXiv 2007.14062, section 2 (window, sinks and chosen blocks).
+    """
+
+    blocks: int = 16
+    block_size: int = 64
+    query_block: int = 128
+    window: int = 0
+    sinks: int = 0
+
+    capabilities = dataclasses.replace(
+        Exact.capabilities, exact=False, residual=False, sees_all=False, segments=False, bias=False
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "blocks", "block_size", "query_block")
+        for name in ("window", "sinks"):
+            if getattr(self, name) != 0:
+                check_positive(self, name)
+
+    @classmethod
+    def examples(cls) -> "tuple[BlockTopK, ...]":
+        return (cls(blocks=1, block_size=3, query_block=7, window=2, sinks=1),)
+
+    def ladder(self, length: int) -> "tuple[BlockTopK, ...]":
+        pages = -(-length // self.block_size)
+        return tuple(dataclasses.replace(self, blocks=max(1, pages // share)) for share in (8, 4, 2, 1))
+
+    def exact_limit(self, length: int) -> "BlockTopK":
+        return dataclasses.replace(self, blocks=-(-length // self.block_size))
+
+    def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
+        return self._over_heads(inputs, self._pages(inputs), certified=False)[0]
+
+    def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
+        output, odds, read = self._over_heads(inputs, self._pages(inputs), certified=True)
+        return output, odds_certificate(inputs, odds, read.mean())
+
+    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> PagedCache:
+        return PagedCache.empty(batch, num_kv_heads, head_dim, max_length, self.block_size, dtype)
+
+    def extend(self, state: PagedCache, query, key, value, **options: Any) -> tuple[PagedCache, Array]:
+        new = prepare_tokens(self, query, key, value, **options)
+        longer = state.append(new.key, new.value)
+        mask = Mask(
+            num_queries=new.mask.num_queries,
+            num_keys=longer.key.shape[2] * longer.key.shape[3],
+            causal=True,
+            window=new.mask.window,
+            offset=state.length[None],
+            key_lengths=longer.length[None],
+        )
+        whole = dataclasses.replace(new, mask=mask)
+        output, leader = compiled((whole, longer, state.leader), method=self, hook="attend_pages")
+        return dataclasses.replace(longer, leader=leader), ungrouped(output, query).astype(query.dtype)
+
+    def attend_pages(self, operands: tuple[Inputs, PagedCache, Array]) -> tuple[Array, Array]:
+        """The output over the pages of a decoding state, and the first query of the tile at hand."""
+        inputs, state, leader = operands
+        if not leader.shape[2]:
+            leader = jnp.zeros((*inputs.query.shape[:3], inputs.query.shape[-1]), inputs.query.dtype)
+        output = self._over_heads(inputs, state.pages, certified=False, leader=leader)[0]
+        begins = state.length // self.query_block * self.query_block - (state.length - inputs.mask.num_queries)
+        index = begins.clip(0, inputs.mask.num_queries - 1)
+        first = lax.dynamic_index_in_dim(inputs.query, index, axis=3, keepdims=False)
+        return output, jnp.where((begins >= 0) & (begins < inputs.mask.num_queries), first, leader.astype(first.dtype))
+
+    def _pages(self, inputs: Inputs) -> Pages:
+        return paged(inputs.key, inputs.value, self.block_size, inputs.mask.key_lengths)
+
+    def _over_heads(self, inputs: Inputs, pages: Pages, *, certified: bool, leader=None):
+        """Outputs, odds of what was not read, and the share of pages read, of one query head after another.
+
+        A few queries go through all heads at once: their arithmetic is too little to fill the machine.
+        """
+        (B, K, G, T, _) = inputs.query.shape
+        rule = Selection(self.blocks, self.block_size, self.query_block, self.window, self.sinks)
+
+        def head(b, k, g, query, own: Pages, lead, bound=None):
+            mask = one_head(inputs.mask, b, k, g)
+            return chosen_tiles(rule, query[None], own, mask, lead, bound, inputs.soft_cap, certified=certified)
+
+        if T > 1 or inputs.mask.dense is not None:
+            limit = calm_limit(inputs) if leader is None else None  # of a cache it would read every key
+
+            def nth(n):
+                b, k, g = n // (K * G), n // G % K, n % G
+                own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
+                lead, bound = (
+                    None if leader is None else leader[b, k, g],
+                    None if limit is None else limit[b, k, g][None],
+                )
+                return head(b, k, g, inputs.query[b, k, g], own, lead, bound)
+
+            found = lax.map(nth, jnp.arange(B * K * G))
+            return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)
+        over_g = jax.vmap(head, in_axes=(None, None, 0, 0, None, 0))
+        over_k = jax.vmap(over_g, in_axes=(None, 0, None, 0, 0, 0))
+        over_b = jax.vmap(over_k, in_axes=(0, None, None, 0, 0, 0))
+        return over_b(jnp.arange(B), jnp.arange(K), jnp.arange(G), inputs.query, pages, leader)
+
+    def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
+        """Every tile is counted with as many pages as it can read."""
+        C, R = self.block_size, min(self.query_block, T)
+        pages = -(-S // C)
+        rule = Selection(self.blocks, C, self.query_block, self.window, self.sinks)
+        read, tiles = min(pages, rule.slots(pages, causal=is_causal)), -(-T // R)
+        choosers = tiles if is_causal else T
+        flops = 4.0 * num_heads * head_dim * (T * read * C + choosers * pages)
+        return Cost(flops, 4.0 * num_heads * head_dim * (2 * T + 4 * S + 2 * tiles * read * C))
+
+
+def one_head(mask: Mask, b, k, g) -> Mask:
+    """The mask of one query head of one batch element."""
+
+    def pick(x, index, axis=0):
+        if x is None:
+            return None
+        return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, index, 1, axis=axis)
+
+    return dataclasses.replace(
+        mask,
+        offset=pick(mask.offset, b),
+        query_lengths=pick(mask.query_lengths, b),
+        key_lengths=pick(mask.key_lengths, b),
+        query_segments=pick(mask.query_segments, b),
+        key_segments=pick(mask.key_segments, b),
+        dense=pick(pick(pick(mask.dense, b, 0), k, 1), g, 2),
+    )
+
+
+def _row(x: Array, b) -> Array:
+    return lax.dynamic_index_in_dim(x, b, keepdims=False)

@@ -1,0 +1,187 @@
+"""Which pages a tile of queries reads, and attention over them, for one query head.
+
+Tiles count from position 0, wherever the queries begin, so that a sequence cut anywhere has the same ones.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from attention.masks import Mask
+from attention.sparse.gathered import attend
+from attention.sparse.odds import odds
+from attention.sparse.pages import Pages, box_bound, sound_box_bound
+
+
+class Selection(NamedTuple):
+    """A rule of selection; the fields are those of `attention.BlockTopK`."""
+
+    blocks: int
+    block_size: int
+    query_block: int
+    window: int
+    sinks: int
+
+    def always(self, pages: int, *, causal: bool) -> int:
+        """How many pages around a tile are read whatever they hold."""
+        if not causal and not self.window:
+            return 0
+        reach = self.query_block + self.window * (1 if causal else 2)
+        return min(pages, (reach + self.block_size - 2) // self.block_size + 1)
+
+    def slots(self, pages: int, *, causal: bool) -> int:
+        """The most pages that a tile reads, some perhaps in vain."""
+        sinks = min(pages, -(-self.sinks // self.block_size))
+        return sinks + self.always(pages, causal=causal) + min(pages, self.blocks)
+
+
+class _Tile(NamedTuple):
+    """A tile of queries: its rows, the position of its first query, and who chooses for it."""
+
+    rows: Int[Array, " R"]
+    position: Int[Array, ""]
+    choosers: Float[Array, "G c H"]
+    counts: Bool[Array, " c"]
+
+
+def chosen_tiles(
+    rule: Selection, query: Float[Array, "G T H"], pages: Pages, mask: Mask, leader, limit, cap, *, certified: bool
+):
+    """Outputs `G T E`, odds of what was not read `G T` (None unless certified), and the share of pages read `tiles`.
+
+    Args:
+        rule: what is selected.
+        query: the queries of heads that share their choice.
+        pages: of their key head.
+        mask: of these heads.
+        leader: `H`, the first query of the tile in which the first one lies, where that is not among them; or None.
+        limit: `G T`, an upper bound on the size of logits; or None.
+        cap: the soft cap, or None.
+        certified: whether odds are computed.
+    """
+    T, R = mask.num_queries, rule.query_block
+    offset = jnp.zeros((), jnp.int32) if mask.offset is None else mask.offset[0]
+    moves = mask.causal and mask.offset is not None
+    R = min(R, T) if not moves else (R if T >= R else 1)
+    shift = offset % R if moves else 0
+    count = -(-(T + (R - 1 if moves else 0)) // R)
+    room = jnp.zeros((query.shape[0], count * R, query.shape[2]), query.dtype)
+    padded = lax.dynamic_update_slice_in_dim(room, query, shift, axis=1)
+
+    def tile(i):
+        rows = i * R - shift + jnp.arange(R)
+        own = lax.dynamic_slice_in_dim(padded, i * R, R, axis=1)
+        if mask.causal:
+            position = (rows[0] + offset) // rule.query_block * rule.query_block
+            first = position - offset
+            lead = lax.dynamic_slice_in_dim(query, first.clip(0, T - 1), 1, axis=1)
+            if leader is not None:
+                lead = jnp.where(first < 0, leader.astype(lead.dtype), lead)
+            who = _Tile(rows, position, lead, jnp.ones(1, bool))
+        else:
+            real = rows < (T if mask.query_lengths is None else mask.query_lengths[0])
+            who = _Tile(rows, rows[0] + offset, own, real)
+        at, exists = _choice(rule, who, pages, mask, cap)
+        bound = None if limit is None else limit[:, rows.clip(0, T - 1)]
+        found = attend(own, *_gathered(pages, at, mask), _visible(rule, mask, rows, at, exists), cap, bound)
+        against = _odds(own, rows, found, pages, mask, at, exists, cap) if certified else None
+        return found.output, against, exists.sum() / pages.low.shape[0]
+
+    output, against, read = lax.map(jax.checkpoint(tile), jnp.arange(count)) if count > 1 else _stacked(tile(0))
+
+    def joined(x):
+        x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * R, *x.shape[3:])
+        return lax.dynamic_slice_in_dim(x, shift, T, axis=1)
+
+    return joined(output)[0], None if against is None else joined(against)[0], read
+
+
+def _stacked(found):
+    return jax.tree.map(lambda x: x[None], found)
+
+
+def _choice(rule: Selection, tile: _Tile, pages: Pages, mask: Mask, cap) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:
+    """The pages that a tile reads, and which of the slots hold one."""
+    C, P = rule.block_size, pages.low.shape[0]
+    every, start, end = jnp.arange(P), tile.position, tile.position + rule.query_block - 1
+    first, last = _reach(mask, start, end)
+    shown = (every * C <= last) & ((every + 1) * C > first)
+    sinks = jnp.arange(min(P, -(-rule.sinks // C)))
+    always = rule.always(P, causal=mask.causal)
+    low = ((start - rule.window) // C).clip(0, P) if always else P
+    high = (end if mask.causal else end + rule.window) // C
+    around = low + jnp.arange(always)
+    free = shown & (every >= sinks.size) & ((every < low) | (every > high))
+    best, top = lax.top_k(jnp.where(free, _scores(tile, pages, free, cap), -jnp.inf), min(P, rule.blocks))
+    exists = (
+        (sinks < low) & (sinks * C <= last),
+        (around <= high) & (around * C <= last) & (around < P),
+        best != -jnp.inf,  # NaN among them, so that it cannot go unnoticed
+    )
+    return jnp.concatenate([sinks, around.clip(0, P - 1), top]), jnp.concatenate(exists)
+
+
+def _reach(mask: Mask, start, end):
+    """The first and the last key that positions from `start` to `end` may see."""
+    first, last = jnp.zeros_like(start), jnp.full_like(start, mask.num_keys - 1)
+    if mask.window is not None:
+        left, right = (min(size, mask.num_keys + mask.num_queries) for size in mask.window)
+        first, last = start - left, jnp.minimum(last, end + right)
+    if mask.causal:
+        last = jnp.minimum(last, end)
+    return first, last if mask.key_lengths is None else jnp.minimum(last, mask.key_lengths[0] - 1)
+
+
+def _scores(tile: _Tile, pages: Pages, free: Bool[Array, " P"], cap) -> Float[Array, " P"]:
+    """The logarithm of the sum over those who choose of the softmax of their bounds; for a single one, its bounds."""
+    bounds = box_bound(tile.choosers, pages, cap)
+    if bounds.shape[:2] == (1, 1):
+        return bounds[0, 0]
+    bounds = jnp.where(free[None, None], bounds, -jnp.inf)
+    shares = jax.nn.log_softmax(jnp.where(free.any(), bounds, 0), axis=-1)
+    return jax.nn.logsumexp(jnp.where(tile.counts[None, :, None], shares, -jnp.inf), axis=(0, 1))
+
+
+def _gathered(pages: Pages, at: Int[Array, " n"], mask: Mask) -> tuple[Float[Array, "nC H"], Float[Array, "nC E"]]:
+    """The keys and the values of the pages `at`, one after another; a page is copied as one row.
+
+    Beyond the length, where a cache may hold anything, they are zeros.
+    """
+    P, C = pages.key.shape[:2]
+    key, value = (
+        jnp.take(x.reshape(P, -1), at, axis=0, mode="clip").reshape(at.size * C, -1) for x in (pages.key, pages.value)
+    )
+    if mask.key_lengths is None:
+        return key, value
+    there = (_keys(at, C) < mask.key_lengths[0])[:, None]
+    return jnp.where(there, key, jnp.zeros_like(key)), jnp.where(there, value, jnp.zeros_like(value))
+
+
+def _keys(at: Int[Array, " n"], C: int) -> Int[Array, " nC"]:
+    return (at[:, None] * C + jnp.arange(C)[None]).ravel()
+
+
+def _visible(rule: Selection, mask: Mask, rows, at, exists) -> Bool[Array, "g R nC"]:
+    """Which of the gathered keys each row sees."""
+    keys = _keys(at, rule.block_size)
+    there = jnp.repeat(exists, rule.block_size) & (keys < mask.num_keys)
+    return mask.at(rows, keys)[0, 0] & there[None, None]
+
+
+def _odds(query, rows, found, pages: Pages, mask: Mask, at, exists, cap) -> Float[Array, "G R"]:
+    """An upper bound on sum(exp(logit)) over the visible keys that were not read, against that over those that were.
+
+    Every page of which a row sees a key counts in full.
+    """
+    P, C = pages.key.shape[:2]
+    tiny = float(jnp.finfo(query.dtype).tiny)
+    read = ((at[:, None] == jnp.arange(P)[None]) & exists[:, None]).any(0)[None]
+    first, last = (x[0][rows.clip(0, mask.num_queries - 1)][:, None] for x in mask.key_range())
+    starts = jnp.arange(P)[None] * C
+    dropped = (starts <= last) & (starts + C > first) & (first <= last) & ~read
+    terms = jnp.exp(sound_box_bound(query, pages, cap) - found.level[..., None])
+    lost = C * jnp.where(dropped[None], jnp.maximum(terms, tiny), 0).sum(-1)
+    return odds(lost, found.total)
