@@ -8,7 +8,7 @@ from attention.chunked import Chunked
 from attention.diagnostics import Diagnostics, diagnostics
 from attention.exact import AttentionSteps, Exact
 from attention.fused import Fused
-from attention.linear import Performer
+from attention.linear import CosFormer, Hedgehog, LinearElu, Nystrom, Performer, Taylor
 from attention.method import (
     METHODS,
     Capabilities,
@@ -28,13 +28,18 @@ __all__ = [
     "Capabilities",
     "Certificate",
     "Chunked",
+    "CosFormer",
     "Cost",
     "Diagnostics",
     "Exact",
     "Fused",
+    "Hedgehog",
+    "LinearElu",
     "Method",
+    "Nystrom",
     "Params",
     "Performer",
+    "Taylor",
     "TopK",
     "UnsupportedError",
     "attention_steps",

@@ -1,7 +1,10 @@
-"""Linear attention: one feature map a file, over one engine."""
+"""Linear attention: one feature map a file, over one engine; and landmarks."""
 
 from attention.linear.cosformer import CosFormer
 from attention.linear.elu import LinearElu
+from attention.linear.hedgehog import Hedgehog, distillation_loss
+from attention.linear.nystrom import Nystrom
 from attention.linear.performer import Performer
+from attention.linear.taylor import Taylor
 
-__all__ = ["CosFormer", "LinearElu", "Performer"]
+__all__ = ["CosFormer", "Hedgehog", "LinearElu", "Nystrom", "Performer", "Taylor", "distillation_loss"]
