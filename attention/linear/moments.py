@@ -74,7 +74,7 @@ def taylor_bound(
     bound = 1.001 * ((remainder + arithmetic + lost) * jnp.exp(shift) + moved)
     # A row of zeros may be one whose denominator vanished.
     known = (bound < distance) & (norms(output) > 0)
-    bound = jnp.where(known, bound, 1.001 * distance + tiny * E) + _output_rounding(inputs, output)
+    bound = jnp.where(known, bound, 1.001 * distance + tiny * E + 2 * u * largest) + _output_rounding(inputs, output)
     bound = jnp.where(jnp.isnan(bound), jnp.inf, bound)
     return jnp.where(sees_any(inputs.mask), bound, 0)
 

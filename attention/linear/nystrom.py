@@ -25,7 +25,8 @@ class Nystrom(Method):
         Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4.
 
     Queries carry beta, and with them their landmarks, so temperature acts in all three factors as in softmax; at
-    infinite temperature each is uniform and the output is the mean. Landmarks mix the tokens of their run, so the
+    infinite temperature each is uniform and the output is the mean. L is that of `query_seq_lengths` and of
+    `key_value_seq_lengths`; the latter alone stands for both where T = S. Landmarks mix the tokens of their run, so the
     method is not causal and does not decode.
 
     Shapes: queries `B T N H`, keys `B S K H`, values `B S K E`; computed in float32, float64 for float64 operands.
@@ -63,7 +64,10 @@ class Nystrom(Method):
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
         mask, dtype = inputs.mask, inputs.query.dtype
         key, value = inputs.key.astype(dtype), inputs.value.astype(dtype)
-        rows, queries = runs(mask.query_lengths, mask.num_queries, self.landmarks, dtype)
+        lengths = mask.query_lengths
+        if lengths is None and mask.num_queries == mask.num_keys:
+            lengths = mask.key_lengths  # of a padded sequence that attends to itself
+        rows, queries = runs(lengths, mask.num_queries, self.landmarks, dtype)
         cols, keys = runs(mask.key_lengths, mask.num_keys, self.landmarks, dtype)
         query_landmarks = _product(rows[:, None, None], inputs.query)
         key_landmarks = _product(cols[:, None], key)
