@@ -1,4 +1,4 @@
-"""The error of every method over the temperature, at equal work: on random operands, and on those of a trained model."""
+"""The error of every method over the temperature, at equal work, on random operands and on those of a trained model."""
 
 import dataclasses
 from pathlib import Path
@@ -140,7 +140,7 @@ def errors(operands: Operands, temperatures: tuple[float, ...], budget: float, s
 def attend(method: Method, operands: Operands, params: Any, temperature) -> tuple[jax.Array, jax.Array]:
     """The output, and the bound on its error (NaN for a method without certificates)."""
     case = [jnp.asarray(x) for x in (operands.query, operands.key, operands.value)]
-    options = {"params": params, "temperature": temperature, "is_causal": operands.causal}
+    options: dict[str, Any] = {"params": params, "temperature": temperature, "is_causal": operands.causal}
     if method.capabilities.certificate == "none":
         return attention.dot_product_attention(*case, method=method, **options), jnp.full((), jnp.nan)
     output, certificate = attention.certified_attention(*case, method=method, **options)

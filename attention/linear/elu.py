@@ -17,7 +17,7 @@ from attention.method import Capabilities
 class LinearElu(Linear):
     r"""Linear attention with positive features of the same size as a head, and nothing drawn or learned.
 
-        o_i = sum_j phi(x_i).phi(y_j) v_j / sum_j phi(x_i).phi(y_j),    phi(x) = elu(x) + 1 = 1 + x where x > 0, else e^x,
+        o_i = sum_j phi(x_i).phi(y_j) v_j / sum_j phi(x_i).phi(y_j),    phi(x) = 1 + x where x > 0, else e^x,
 
     with x = beta q / sqrt|beta| and y = k sqrt|beta|, so that queries and keys carry half of the temperature each.
     This is another kernel, and no estimate of e^{q.k}: to first order in small x and y its logit is

@@ -57,9 +57,9 @@ def taylor_bound(
     raw = max_over_visible(inputs.mask, norms(inputs.key.astype(dtype)))
     length = size * jnp.maximum(far, norms(spread.centre)[:, :, None])
 
-    # Each bound by a count of roundings. How far the mean of x is from 0: sums in a tree, a quotient, a product, and k - f of the mean, all rounded.
+    # How far the mean of x may be from 0: a sum in a tree, a quotient, a product and the difference k - f are rounded.
     tree = 2 * math.ceil(math.log2(S + 1)) + 4
-    shift = _gamma((H * u_p + (tree + 4) * u)) * size * jnp.maximum(far, raw)
+    shift = _gamma(H * u_p + (tree + 4) * u) * size * jnp.maximum(far, raw)
     sums = _gamma((features + 2 * C + 2 * -(-S // C) + 16) * u_p + (8 * order + 16) * u)
     moment = _second_moment(inputs, spread, length, shift, sums)
     radius = _radius(inputs, spread, size) + shift
@@ -86,7 +86,8 @@ def _second_moment(inputs: Inputs, spread: Spread, length, shift, sums) -> Float
     error = sums * (1 + 2 * length) * (length + norms(inputs.query) * norms(spread.pulled))
     error = 2 * error + 2 * shift * (1 + jnp.abs(product) + jnp.abs(spread.offset))  # twice: 1 + mean x is above 1/2
     largest = 4 * length**2
-    return jnp.where(shift < 0.5, jnp.minimum(jnp.maximum(product - spread.offset, 0) * 1.001 + error, largest), largest)
+    found = jnp.maximum(product - spread.offset, 0) * 1.001 + error
+    return jnp.where(shift < 0.5, jnp.minimum(found, largest), largest)
 
 
 def _radius(inputs: Inputs, spread: Spread, size) -> Float[Array, "B K G T"]:

@@ -94,7 +94,7 @@ class Nystrom(Method):
 
 
 def runs(lengths, size: int, landmarks: int, dtype) -> tuple[Float[Array, "b m n"], Bool[Array, "b m"]]:
-    """What takes tokens to the means of runs of them, and which runs have a token; by sequence where there are lengths."""
+    """What takes tokens to the means of runs of them, and which runs have a token."""
     length = jnp.array([size]) if lengths is None else lengths
     m = min(landmarks, size)
     token = jnp.arange(size)[None]

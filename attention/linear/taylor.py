@@ -112,39 +112,15 @@ class Taylor(Linear):
             error_bound=bound, dropped_mass=jnp.zeros_like(bound), work=one, kind="deterministic"
         )
 
-    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> TaylorState:
+    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> Any:
+        """A `TaylorState`: as `Linear.init_state`, and two keys a head more."""
         sums = super().init_state(batch, num_kv_heads, head_dim, max_length, dtype)
         nothing = jnp.zeros((batch, num_kv_heads, head_dim), sums.value.dtype)
         return TaylorState(sums=sums, first=nothing, total=nothing)
 
-    def extend(
-        self,
-        state: TaylorState,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        scale: Any = None,
-        temperature: Any = 1.0,
-        logits_soft_cap: Any = None,
-        local_window_size: Any = None,
-        params: Any = None,
-        rng: Any = None,
-    ) -> tuple[TaylorState, Array]:
-        """As `Method.extend`. The state holds keys alone: scale and temperature may differ from call to call."""
-        inputs = prepare_tokens(
-            self,
-            query,
-            key,
-            value,
-            scale=scale,
-            temperature=temperature,
-            logits_soft_cap=logits_soft_cap,
-            local_window_size=local_window_size,
-            params=params,
-            rng=rng,
-        )
-        longer, output = _extended(state, inputs, method=self)
+    def extend(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> tuple[Any, Array]:
+        """As `Method.extend`. The state holds what is of the keys alone: temperature may differ from call to call."""
+        longer, output = _extended(state, prepare_tokens(self, query, key, value, **options), method=self)
         return longer, ungrouped(output, query).astype(query.dtype)
 
     def feature_map(self, inputs: Inputs) -> FeatureMap:
@@ -173,9 +149,7 @@ def _extended(state: TaylorState, inputs: Inputs, *, method: Taylor) -> tuple[Ta
     counts = (length + 1 + jnp.arange(key.shape[2])).astype(dtype)
     about = _with_centre(inputs, key, total / counts[None, None, :, None]).inputs
     feature_map = method.feature_map(about)
-    sums, output = engine.scan_causally(
-        state.sums, about, engine.all_keys(about, length), feature_map, method.chunk
-    )
+    sums, output = engine.scan_causally(state.sums, about, engine.all_keys(about, length), feature_map, method.chunk)
     sums = dataclasses.replace(sums, length=length + key.shape[2])
     return TaylorState(sums=sums, first=first, total=total[:, :, -1]), output
 
@@ -247,4 +221,3 @@ def _weights(H: int, order: int) -> tuple[np.ndarray, ...]:
         last, run = np.repeat(np.arange(H), sizes), np.concatenate(runs)
         found.append(factorial)
     return tuple(1 / np.sqrt(a) for a in found)
-

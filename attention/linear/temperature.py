@@ -18,15 +18,15 @@ def shared(
     *,
     own_keys: bool = False,
 ) -> FeatureMap:
-    """The feature map of x = beta q / sqrt|beta|, `B K G C H`, and y = k sqrt|beta|, `B K g C H`, so that x.y is the logit.
+    """The feature map of x = beta q / sqrt|beta| and y = k sqrt|beta|, so that x.y is the logit.
 
     Each carries half of the temperature, whatever the data are. The sign of a negative beta stays with the query. At
     beta = 0 both are 0: a method whose features of 0 do not depend on the token then gives the mean.
 
     Args:
         inputs: the operands.
-        query: features of x, given the positions `b C` too.
-        key: features of y.
+        query: features of x, `B K G C H`, given the positions `b C` too.
+        key: features of y, `B K g C H`.
         size: M.
         own_keys: whether the features of a key differ between the query heads of a group even at one temperature.
     """

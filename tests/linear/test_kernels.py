@@ -83,7 +83,7 @@ def test_cosformer_refuses_what_is_longer_than_its_period():
     with pytest.raises(ValueError, match="max_length is 8"):
         method.extend(state, query[:, :1], key[:, :1], value[:, :1])
     error, (_, output) = extend(dataclasses.replace(state, length=jnp.int32(1)), query[:, :8], key[:, :8], value[:, :8])
-    with pytest.raises(checkify.JaxRuntimeError, match="longer than CosFormer.max_length"):
+    with pytest.raises(checkify.JaxRuntimeError, match=r"longer than CosFormer\.max_length"):
         error.throw()
     assert np.isnan(output).all()
 
