@@ -42,9 +42,9 @@ class Temperature:
     """Temperatures; beta is 1 / (sqrt(H) temperature)."""
     head_size: int = 64
     """Size of a head of the random operands, H; there is one head, with standard normal entries."""
-    budget: float = 0.75
+    budget: float = 1.0
     """The most operations that a method may take, as a share of those of exact attention."""
-    steps: int = 200
+    steps: int = 120
     """Steps that the language model is trained for, whose operands the last panel has; 0 leaves it out."""
     context: int = 1024
     """Tokens of the language model's sequences."""
@@ -101,8 +101,9 @@ def trained(context: int, count: int, seed: int) -> Operands:
 
 def errors(operands: Operands, temperatures: tuple[float, ...], budget: float, seed: int = 0) -> dict[str, Any]:
     """The error of every registered method that is not exact, at each temperature, and what its certificate says."""
-    exact = jax.jit(lambda t: attend(attention.Chunked(), operands, None, t)[0])
-    truth = [np.asarray(exact(t), np.float64) for t in temperatures]
+    case = [jnp.asarray(x) for x in (operands.query, operands.key, operands.value)]
+    exact = jax.jit(lambda t, *case: attend(attention.Chunked(), case, None, t, operands.causal)[0])
+    truth = [np.asarray(exact(t, *case), np.float64) for t in temperatures]
     centred = np.asarray(operands.value, np.float64) - np.mean(operands.value, axis=1, keepdims=True, dtype=np.float64)
     radius = float(np.linalg.norm(centred, axis=-1).max())
     console = Console(stderr=True)
@@ -111,8 +112,8 @@ def errors(operands: Operands, temperatures: tuple[float, ...], budget: float, s
     for method, share in track(chosen, operands.name, console=console, disable=not console.is_terminal):
         heads, size = operands.query.shape[-2:]
         params = method.init(jax.random.key(seed), num_heads=heads, head_dim=size)
-        call = jax.jit(lambda t, params, method=method: attend(method, operands, params, t))
-        found = [call(t, params) for t in temperatures]
+        call = jax.jit(lambda t, params, *case, method=method: attend(method, case, params, t, operands.causal))
+        found = [call(t, params, *case) for t in temperatures]
         error = [np.asarray(output, np.float64) - exact for (output, _), exact in zip(found, truth, strict=True)]
         row = {
             "share_of_exact_operations": share,
@@ -137,10 +138,9 @@ def errors(operands: Operands, temperatures: tuple[float, ...], budget: float, s
     }
 
 
-def attend(method: Method, operands: Operands, params: Any, temperature) -> tuple[jax.Array, jax.Array]:
+def attend(method: Method, case, params: Any, temperature, causal: bool) -> tuple[jax.Array, jax.Array]:
     """The output, and the bound on its error (NaN for a method without certificates)."""
-    case = [jnp.asarray(x) for x in (operands.query, operands.key, operands.value)]
-    options: dict[str, Any] = {"params": params, "temperature": temperature, "is_causal": operands.causal}
+    options: dict[str, Any] = {"params": params, "temperature": temperature, "is_causal": causal}
     if method.capabilities.certificate == "none":
         return attention.dot_product_attention(*case, method=method, **options), jnp.full((), jnp.nan)
     output, certificate = attention.certified_attention(*case, method=method, **options)
@@ -158,7 +158,7 @@ def within(cls: type[Method], operands: Operands, budget: float) -> tuple[Method
     if can.exact or (operands.causal and not can.causal):
         return None
     sizes = {"num_heads": N, "head_dim": H, "is_causal": operands.causal}
-    whole = attention.Exact().cost(T, S, num_heads=N, head_dim=H).flops * (0.5 if operands.causal else 1.0)
+    whole = attention.Exact().cost(T, S, **sizes).flops
     shares = {method: method.cost(T, S, **sizes).flops / whole for method in (cls(), *cls().ladder(S))}
     affordable = {method: share for method, share in shares.items() if share <= budget}
     if affordable:

@@ -157,15 +157,13 @@ def _extended(state: TaylorState, inputs: Inputs, *, method: Taylor) -> tuple[Ta
 def centred(inputs: Inputs) -> Centred:
     """The call with keys k - f, f the first key where causal and else the mean of the visible keys.
 
-    A causal centre is the mean of the keys up to the query's own: no row depends on a later key, bit for bit. The first
-    key is taken away before, so that a mean that all keys share costs no digits; it cancels, and has no gradient.
+    A causal centre is the mean of the keys up to the query's own: no row depends on a later key, bit for bit. f is taken
+    away so that what all keys share costs no digits; it cancels, and has no gradient.
     """
     key = inputs.key.astype(inputs.query.dtype)
-    if inputs.mask.causal:
-        key = key - lax.stop_gradient(key[:, :, :1])
-        return _with_centre(inputs, key, mean_of_visible(inputs.mask, key))
-    key = key - mean_of_visible(inputs.mask, key)[:, :, :1]
-    return _with_centre(inputs, key, jnp.zeros((*key.shape[:2], inputs.mask.num_queries, key.shape[3]), key.dtype))
+    f = key[:, :, :1] if inputs.mask.causal else mean_of_visible(inputs.mask, key)[:, :, :1]
+    key = key - lax.stop_gradient(f)
+    return _with_centre(inputs, key, mean_of_visible(inputs.mask, key))
 
 
 def _with_centre(inputs: Inputs, key: Float[Array, "B K S H"], centre: Float[Array, "B K T H"]) -> Centred:
