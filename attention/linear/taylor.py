@@ -12,8 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.inputs import Inputs, prepare_tokens, ungrouped
-from attention.linear import engine
-from attention.linear.base import Linear
+from attention.linear.base import Linear, _extended
 from attention.linear.engine import FeatureMap
 from attention.linear.moments import Spread, mean_of_visible, prefix_sums, taylor_bound
 from attention.linear.state import HIGHEST, Features, LinearState
@@ -53,7 +52,7 @@ class Taylor(Linear):
     a_i = q_i.(c_i - f), the query's features of degree d carry T_{p - d}(-a_i).
 
     Even orders are positive, T_2 >= 1/2 and T_4 >= 0.27. The denominator of order 1 is the number of keys. That of
-    order 3 may be negative or vanish where |x| is above 1.5; what vanishes is 0, and `jax.experimental.checkify`
+    order 3 may be negative or vanish where some x is below -1.59; what vanishes is 0, and `jax.experimental.checkify`
     reports it. Temperature enters through q alone; the error falls as temperature^-(p + 1).
 
     Shapes: queries `B T N H`, keys `B S K H`, values `B S K E`; sums in float32, float64 for float64 operands.
@@ -120,7 +119,7 @@ class Taylor(Linear):
 
     def extend(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> tuple[Any, Array]:
         """As `Method.extend`. The state holds what is of the keys alone: temperature may differ from call to call."""
-        longer, output = _extended(state, prepare_tokens(self, query, key, value, **options), method=self)
+        longer, output = _with_tokens(state, prepare_tokens(self, query, key, value, **options), method=self)
         return longer, ungrouped(output, query).astype(query.dtype)
 
     def feature_map(self, inputs: Inputs) -> FeatureMap:
@@ -139,7 +138,7 @@ class Taylor(Linear):
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def _extended(state: TaylorState, inputs: Inputs, *, method: Taylor) -> tuple[TaylorState, Array]:
+def _with_tokens(state: TaylorState, inputs: Inputs, *, method: Taylor) -> tuple[TaylorState, Array]:
     """Compiled, so that a loop over tokens outside any jit compiles once."""
     dtype, length = inputs.query.dtype, state.sums.length
     key = inputs.key.astype(dtype)
@@ -148,9 +147,7 @@ def _extended(state: TaylorState, inputs: Inputs, *, method: Taylor) -> tuple[Ta
     total = prefix_sums(key) + state.total[:, :, None]
     counts = (length + 1 + jnp.arange(key.shape[2])).astype(dtype)
     about = _with_centre(inputs, key, total / counts[None, None, :, None]).inputs
-    feature_map = method.feature_map(about)
-    sums, output = engine.scan_causally(state.sums, about, engine.all_keys(about, length), feature_map, method.chunk)
-    sums = dataclasses.replace(sums, length=length + key.shape[2])
+    sums, output = _extended(state.sums, about, method=method)
     return TaylorState(sums=sums, first=first, total=total[:, :, -1]), output
 
 
