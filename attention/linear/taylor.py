@@ -154,8 +154,8 @@ def _with_tokens(state: TaylorState, inputs: Inputs, *, method: Taylor) -> tuple
 def centred(inputs: Inputs) -> Centred:
     """The call with keys k - f, f the first key where causal and else the mean of the visible keys.
 
-    A causal centre is the mean of the keys up to the query's own: no row depends on a later key, bit for bit. f is taken
-    away so that what all keys share costs no digits; it cancels, and has no gradient.
+    A causal centre is the mean of the keys up to the query's own: no row depends on a later key, bit for bit. f is
+    taken away so that what all keys share costs no digits; it cancels, and has no gradient.
     """
     key = inputs.key.astype(inputs.query.dtype)
     f = key[:, :, :1] if inputs.mask.causal else mean_of_visible(inputs.mask, key)[:, :, :1]
