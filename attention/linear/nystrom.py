@@ -124,5 +124,5 @@ def _weights(query: Float[Array, "B K G r H"], key: Float[Array, "B K c H"], see
     return softmax(jnp.where(seen[:, None, None, None, :], logits, -jnp.inf))
 
 
-def _product(a: Float[Array, "*N r c"], b: Float[Array, "*N c k"]) -> Float[Array, "*N r k"]:
+def _product(a: Float[Array, "*#N r c"], b: Float[Array, "*#N c k"]) -> Float[Array, "..."]:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
