@@ -113,7 +113,7 @@ def test_distillation_moves_the_weights_towards_those_of_softmax():
             end = jax.lax.fori_loop(0, steps, step, start)
             return loss(start), loss(end)
 
-        before, after = (float(x) for x in trained(params.trained, 0.3, 400))
+        before, after = (float(x) for x in trained(params.trained, 3.0, 300))
     logits = np.einsum("BTNH,BSNH->BNTS", query, np.repeat(key, 2, axis=2)) / 2
     past = np.tri(16, dtype=bool)
     exact = np.where(past, np.exp(logits), 0)
