@@ -21,6 +21,9 @@ from experiments.config import Data, Model, Run
 from experiments.data import training_batches, validation_batches
 from experiments.drawing import COLOURS, MARKERS
 
+# A colour a method: those of the other figures, and six between them.
+PALETTE = (*COLOURS, "#5B2C83", "#7F7F7F", "#8C4A2F", "#1B1B1F", "#A6A000", "#B2182B")
+
 
 class Operands(NamedTuple):
     """Queries `B T N H`, keys and values `B S K H`, where they come from, and whether they are attended to causally."""
@@ -169,7 +172,7 @@ def within(cls: type[Method], operands: Operands, budget: float) -> tuple[Method
 def figure(results: list[dict[str, Any]]) -> Figure:
     """Above, the error relative to the output's norm; below, median error (lines) and median bound (dotted), in radii \
 of the values. Methods beyond the budget are dashed."""
-    drawing = Figure(figsize=(6.2 * len(results), 8.4), layout="constrained")
+    drawing = Figure(figsize=(6.2 * len(results), 10), layout="constrained")
     grid = drawing.subplots(2, len(results), squeeze=False, sharex="col")
     names = list(dict.fromkeys(name for result in results for name in result["methods"]))
     classes = list(dict.fromkeys(name.partition("(")[0] for name in names))
@@ -179,7 +182,7 @@ of the values. Methods beyond the budget are dashed."""
             place = classes.index(name.partition("(")[0])
             share = row["share_of_exact_operations"]
             style: Any = {
-                "color": COLOURS[place % len(COLOURS)],
+                "color": PALETTE[place % len(PALETTE)],
                 "marker": MARKERS[place % len(MARKERS)],
                 "markersize": 4,
                 "linestyle": "-" if share <= result["budget"] else "--",
@@ -195,9 +198,17 @@ of the values. Methods beyond the budget are dashed."""
             axes.grid(alpha=0.25)
         above.set_title(result["operands"], fontsize=10)
         above.set_ylabel("|error| / |exact output|")
-        above.legend(frameon=False, fontsize=7, title="operations / exact", title_fontsize=7, loc="lower left")
         below.set_ylabel("median error (bound: dotted) / radius of the values")
         below.set_xlabel("temperature")
+        below.legend(
+            *above.get_legend_handles_labels(),
+            title="operations of each method / those of exact attention",
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
     return drawing
 
 
