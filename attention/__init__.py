@@ -8,7 +8,7 @@ from attention.chunked import Chunked
 from attention.diagnostics import Diagnostics, diagnostics
 from attention.exact import AttentionSteps, Exact
 from attention.fused import Fused
-from attention.linear import Performer
+from attention.linear import CosFormer, Hedgehog, LinearElu, Nystrom, Performer, Taylor
 from attention.method import (
     METHODS,
     Capabilities,
@@ -32,15 +32,20 @@ __all__ = [
     "Certificate",
     "Certified",
     "Chunked",
+    "CosFormer",
     "Cost",
     "Diagnostics",
     "Exact",
     "Fused",
+    "Hedgehog",
+    "LinearElu",
     "LocalChunked",
     "Method",
+    "Nystrom",
     "Params",
     "Performer",
     "SlidingWindow",
+    "Taylor",
     "TopK",
     "UnsupportedError",
     "adaptive_factor",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import attention
-from experiments import benchmark
+from experiments import benchmark, temperature
 from experiments.contestants import Cell, jax_nn, ours
 from experiments.timing import interleaved, ratios
 
@@ -117,3 +117,22 @@ def test_a_trainers_speed_is_measured(tmp_path):
     assert ours["attention_share_of_operations"] == pytest.approx(tiles / (tiles + weights))
     for peer in theirs:  # the same model: what it loses before and after a step is the same
         np.testing.assert_allclose(peer["losses"], ours["losses"], rtol=1e-4)
+
+
+def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, monkeypatch, capsys):
+    """A method is measured because it is registered; exact ones are what the others are measured against."""
+    methods = {"linearelu": attention.LinearElu, "taylor": attention.Taylor, "exact": attention.Exact}
+    monkeypatch.setattr(temperature, "METHODS", methods)
+    options = "--lengths 48 --head-size 4 --temperatures 1 8 --budget 0.2 --steps 0"
+    benchmark.main(["temperature", *options.split(), "--out", str(tmp_path)])
+    (found,) = json.loads((tmp_path / "results.json").read_text())["cells"]
+    # Of 48 keys, order 1 with its 5 features takes 2 (48 + 48) 5 (4 + 1) of 4 48 48 4 operations; order 2 takes 15.
+    assert list(found["methods"]) == ["LinearElu(chunk=128)", "Taylor(chunk=128, order=1)"]
+    elu, taylor = found["methods"].values()
+    assert taylor["share_of_exact_operations"] == 2 * 96 * 5 * 5 / (4 * 48 * 48 * 4)
+    for row in (elu, taylor):
+        assert row["relative_error"][1] < row["relative_error"][0]
+    assert "bound_over_radius" not in elu
+    for error, bound in zip(taylor["error_over_radius"], taylor["bound_over_radius"], strict=True):
+        assert error <= bound
+    assert "relative error" in capsys.readouterr().out
