@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention.checks import traced_check
 from attention.inputs import Inputs
-from attention.linear.state import Features, LinearState, Sight, absorb, read, read_causally
+from attention.linear.state import Features, LinearState, Sight, absorb, read, read_causally, with_ones
 from attention.linear.tokens import Keys, Tokens, aligned, all_keys, packed, rows_that_see
 
 
@@ -43,11 +43,11 @@ class FeatureMap:
 
 
 class Chunk(NamedTuple):
-    """C tokens of a scan, operands with the tokens before the heads, as callers have them.
+    """C tokens of a scan.
 
     Attributes:
-        query: `B C K G H`.
-        key, value: `B C K H`, `B C K E`.
+        query, key, value: `B C K G H`, `B C K H` and `B C K E`, as callers have them, flattened: XLA would copy an
+            operand whose axes of size 1 it had moved.
         position, visible, segment, sees: as in `Tokens`, `b C`.
         last: position and segment of the token before the chunk, `b` each.
     """
@@ -97,20 +97,21 @@ def scan_causally(
     state: LinearState, tokens: Tokens, feature_map: FeatureMap, chunk: int
 ) -> tuple[LinearState, Float[Array, "B K G L E"]]:
     """Row i sees the state and the keys up to index i. Returns the state after all the keys as well."""
-    L, dtype = tokens.query.shape[3], tokens.query.dtype
+    (B, K, G, L, H), dtype = tokens.query.shape, tokens.query.dtype
+    E = tokens.keys.value.shape[-1]
 
     @partial(jax.checkpoint, prevent_cse=False)
     def body(state, own: Chunk):
-        query = jnp.einsum("BCKGH->BKGCH", own.query)
-        sight, key, value, age = _seen(own, feature_map, dtype)
+        query = jnp.einsum("BCKGH->BKGCH", own.query.reshape(B, -1, K, G, H))
+        sight, key, value, age = _seen(own, tokens.keys, feature_map, dtype)
         rows = read_causally(state, feature_map.query(query, own.position).features, key, value, sight)
-        output, lost = _normalised(*rows, own.sees[:, None, None, :])
+        output, lost = _normalised(rows, own.sees[:, None, None, :])
         state = absorb(state, key, value, sight)
-        return state if age is None else state.aged(age), (jnp.einsum("BKGCE->BCKGE", output), lost)
+        return state if age is None else state.aged(age), (jnp.einsum("BKGCE->BCKGE", output).ravel(), lost)
 
     final, (output, lost) = lax.scan(body, state, _chunks(tokens.keys, chunk, tokens.query, tokens.sees))
     _report(lost)
-    return final, jnp.einsum("BLKGE->BKGLE", _joined(output, L))
+    return final, jnp.einsum("BLKGE->BKGLE", _joined(output, (B, L, K, G, E)))
 
 
 def absorb_all(state: LinearState, keys: Keys, feature_map: FeatureMap, chunk: int) -> LinearState:
@@ -118,7 +119,7 @@ def absorb_all(state: LinearState, keys: Keys, feature_map: FeatureMap, chunk: i
 
     @partial(jax.checkpoint, prevent_cse=False)
     def body(state, own: Chunk):
-        _, key, value, age = _seen(own, feature_map, state.top.dtype)
+        _, key, value, age = _seen(own, keys, feature_map, state.top.dtype)
         state = absorb(state, key, value)
         return state if age is None else state.aged(age), None
 
@@ -127,29 +128,31 @@ def absorb_all(state: LinearState, keys: Keys, feature_map: FeatureMap, chunk: i
 
 def read_all(state: LinearState, inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, "B K G T E"]:
     """The rows of queries that all see all of the state, chunk by chunk."""
-    T = inputs.mask.num_queries
+    B, K, G, T, H = inputs.query.shape
 
     @partial(jax.checkpoint, prevent_cse=False)
     def body(query, position, sees):
-        rows = read(state, feature_map.query(jnp.einsum("BCKGH->BKGCH", query), position).features)
-        output, lost = _normalised(*rows, sees[:, None, None, :])
-        return jnp.einsum("BKGCE->BCKGE", output), lost
+        rows = read(state, feature_map.query(jnp.einsum("BCKGH->BKGCH", query.reshape(B, -1, K, G, H)), position).features)
+        output, lost = _normalised(rows, sees[:, None, None, :])
+        return jnp.einsum("BKGCE->BCKGE", output).ravel(), lost
 
     C = min(chunk, T)
-    query = _split(jnp.einsum("BKGTH->BTKGH", inputs.query), C)
+    query = _flat(jnp.einsum("BKGTH->BTKGH", inputs.query), C)
     row = _split(jnp.arange(T)[None], C), _split(rows_that_see(inputs), C)
     output, lost = lax.map(lambda now: body(*now), (query, *row))
     _report(lost)
-    return jnp.einsum("BTKGE->BKGTE", _joined(output, T))
+    return jnp.einsum("BTKGE->BKGTE", _joined(output, (B, T, K, G, inputs.value.shape[-1])))
 
 
-def _seen(own: Chunk, feature_map: FeatureMap, dtype: Any) -> tuple[Sight, Features, Array, Array | None]:
+def _seen(own: Chunk, keys: Keys, feature_map: FeatureMap, dtype: Any) -> tuple[Sight, Features, Array, Array | None]:
     """Who sees whom in a chunk; its keys' features with log_scale = -inf where there is no key; values; the age.
 
     Ages count from the token before the chunk, or the first of a new segment. That of the state, at the end, is None
     without decay.
     """
-    key, value = (jnp.swapaxes(x, 1, 2).astype(dtype) for x in (own.key, own.value))
+    B, K, _, H = keys.key.shape
+    key, value = own.key.reshape(B, -1, K, H), own.value.reshape(B, -1, K, keys.value.shape[-1])
+    key, value = (jnp.swapaxes(x, 1, 2).astype(dtype) for x in (key, value))
     features = feature_map.key(key, own.position)
     log_scale = jnp.where(own.visible[:, None, None, :], features.log_scale, -jnp.inf)
     past = jnp.tri(own.position.shape[1], dtype=bool)[None]
@@ -165,11 +168,12 @@ def _seen(own: Chunk, feature_map: FeatureMap, dtype: Any) -> tuple[Sight, Featu
         log_scale -= log_decay[..., None] * since[:, None, None, :]
         age = log_decay * since[:, None, None, -1]
     sight = Sight(same[:, None, None], joined[:, None, None])
-    return sight, features._replace(log_scale=log_scale), value, age
+    return sight, features._replace(log_scale=log_scale), with_ones(value), age
 
 
-def _normalised(numerator: Array, denominator: Array, sees: Bool[Array, "b 1 1 C"]) -> tuple[Array, Array]:
+def _normalised(rows: Float[Array, "B K G C E+1"], sees: Bool[Array, "b 1 1 C"]) -> tuple[Array, Array]:
     """Numerators over denominators, 0 in rows that see no key or have lost theirs; and how many these last are."""
+    numerator, denominator = rows[..., :-1], rows[..., -1]
     size, info = lax.stop_gradient(jnp.abs(denominator)), jnp.finfo(denominator.dtype)
     lost = sees & (size <= float(info.tiny) / float(info.eps))
     valid = sees & ~lost
@@ -193,9 +197,9 @@ def _chunks(keys: Keys, chunk: int, query: Array | None = None, sees: Array | No
     last = jnp.concatenate([position[:1, :, 0] - 1, position[:-1, :, -1]])
     before = None if segment is None else jnp.concatenate([segment[:1, :, 0], segment[:-1, :, -1]])
     return Chunk(
-        query=None if query is None else _split(jnp.einsum("BKGLH->BLKGH", query), C),
-        key=_split(jnp.swapaxes(keys.key, 1, 2), C),
-        value=_split(jnp.swapaxes(keys.value, 1, 2), C),
+        query=None if query is None else _flat(jnp.einsum("BKGLH->BLKGH", query), C),
+        key=_flat(jnp.swapaxes(keys.key, 1, 2), C),
+        value=_flat(jnp.swapaxes(keys.value, 1, 2), C),
         position=position,
         visible=_split(keys.visible, C),
         segment=segment,
@@ -211,7 +215,13 @@ def _split(x: Array, C: int, mode: str = "constant") -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], chunks, C, *x.shape[2:]), 1, 0)
 
 
-def _joined(chunks: Array, length: int) -> Array:
-    """The inverse of `_split`."""
-    x = jnp.moveaxis(chunks, 0, 1)
-    return lax.slice_in_dim(x.reshape(x.shape[0], -1, *x.shape[3:]), 0, length, axis=1)
+def _flat(x: Array, C: int) -> Array:
+    """`_split` with each chunk flattened."""
+    chunks = _split(x, C)
+    return chunks.reshape(chunks.shape[0], -1)
+
+
+def _joined(chunks: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_flat`."""
+    x = jnp.moveaxis(chunks.reshape(len(chunks), shape[0], -1, *shape[2:]), 0, 1)
+    return lax.slice_in_dim(x.reshape(shape[0], -1, *shape[2:]), 0, shape[1], axis=1)

@@ -38,13 +38,13 @@ class Features(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearState:
-    """What is kept of the keys: 2^top value and 2^top weight are the sums of phi(k) v^T and of phi(k).
+    """What is kept of the keys: 2^top sums is the sum of phi(k) [v, 1]^T.
 
+    The last column, of the sums of phi(k), gives denominators in the product that gives numerators.
     States over disjoint keys merge by rescaling both to the larger `top` and adding.
     """
 
-    value: Float[Array, "B K g M E"]
-    weight: Float[Array, "B K g M"]
+    sums: Float[Array, "B K g M E+1"]
     top: Float[Array, "B K g"]
     length: Int[Array, ""]
 
@@ -52,8 +52,7 @@ class LinearState:
     def empty(cls, B: int, K: int, g: int, M: int, E: int, dtype: Any) -> "LinearState":
         """The state that has seen no key."""
         return cls(
-            value=jnp.zeros((B, K, g, M, E), dtype),
-            weight=jnp.zeros((B, K, g, M), dtype),
+            sums=jnp.zeros((B, K, g, M, E + 1), dtype),
             top=jnp.full((B, K, g), -jnp.inf, dtype),
             length=jnp.zeros((), jnp.int32),
         )
@@ -62,13 +61,8 @@ class LinearState:
         """The state with `g` sets of key features where it had one."""
         if self.top.shape[2] >= g:
             return self
-        wide = {name: jnp.repeat(getattr(self, name), g, axis=2) for name in ("value", "weight", "top")}
-        return dataclasses.replace(self, **wide)
-
-    def scaled(self, factor: Float[Array, "B K g"]) -> "LinearState":
-        """The state with both sums multiplied."""
-        value, weight = self.value * factor[..., None, None], self.weight * factor[..., None]
-        return dataclasses.replace(self, value=value, weight=weight)
+        sums, top = (jnp.repeat(x, g, axis=2) for x in (self.sums, self.top))
+        return dataclasses.replace(self, sums=sums, top=top)
 
     def aged(self, log_weight: Float[Array, "B K g"]) -> "LinearState":
         """The state whose keys all weigh e^{log_weight} times what they did: `top` falls, the sums hardly change.
@@ -78,7 +72,8 @@ class LinearState:
         change = log_weight / math.log(2)
         top = self.top + lax.stop_gradient(change)
         moved = jnp.where(jnp.isneginf(top), 0, top) - jnp.where(jnp.isneginf(self.top), 0, self.top)
-        return dataclasses.replace(self.scaled(jnp.exp((change - moved) * math.log(2))), top=top)
+        sums = self.sums * jnp.exp((change - moved) * math.log(2))[..., None, None]
+        return dataclasses.replace(self, sums=sums, top=top)
 
 
 class Sight(NamedTuple):
@@ -93,7 +88,12 @@ class Sight(NamedTuple):
     state: Bool[Array, "b 1 1 C"]
 
 
-def absorb(state: LinearState, key: Features, value: Float[Array, "B K C E"], last: Sight | None = None) -> LinearState:
+def with_ones(value: Float[Array, "B K C E"]) -> Float[Array, "B K C E+1"]:
+    """[v, 1], whose weighted sums are numerators and denominators side by side."""
+    return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+
+def absorb(state: LinearState, key: Features, value: Float[Array, "B K C E+1"], last: Sight | None = None):
     """The state with the keys of a chunk added; those whose log_scale is -inf do not exist.
 
     With `last`, what the last row does not see is left out, and the state replaced where that row does not see it.
@@ -106,20 +106,19 @@ def absorb(state: LinearState, key: Features, value: Float[Array, "B K C E"], la
     level = jnp.maximum(start, jnp.ceil(lax.stop_gradient(exponent)).max(-1))
     above = jnp.where(jnp.isneginf(level), 0, level)
     scaled = key.features * _exp2(exponent - above[..., None])[..., None]
-    kept = state.scaled(jnp.where(jnp.isneginf(start), 0, _power_of_two(-above)))
     sums = jnp.einsum("BKgCM,BKCE->BKgME", scaled, value, precision=HIGHEST)
-    return dataclasses.replace(kept, value=kept.value + sums, weight=kept.weight + scaled.sum(-2), top=base + level)
+    kept = jnp.where(jnp.isneginf(start), 0, _power_of_two(-above))[..., None, None]
+    return dataclasses.replace(state, sums=state.sums * kept + sums, top=base + level)
 
 
-def read(state: LinearState, query: Float[Array, "B K G C M"]) -> tuple[Array, Array]:
-    """Numerators `B K G C E` and denominators `B K G C` of rows that see all of the state, times 2^-top."""
-    numerator = jnp.einsum("BKGCM,BKGME->BKGCE", query, state.value, precision=HIGHEST)
-    return numerator, jnp.einsum("BKGCM,BKGM->BKGC", query, state.weight, precision=HIGHEST)
+def read(state: LinearState, query: Float[Array, "B K G C M"]) -> Float[Array, "B K G C E+1"]:
+    """Numerators and denominators, times 2^-top, of rows that see all of the state."""
+    return jnp.einsum("BKGCM,BKGME->BKGCE", query, state.sums, precision=HIGHEST)
 
 
 def read_causally(
-    state: LinearState, query: Float[Array, "B K G C M"], key: Features, value: Float[Array, "B K C E"], sight: Sight
-) -> tuple[Array, Array]:
+    state: LinearState, query: Float[Array, "B K G C M"], key: Features, value: Float[Array, "B K C E+1"], sight: Sight
+) -> Float[Array, "B K G C E+1"]:
     """As `read`, for rows that see of the state and of the keys of their own chunk what `sight` says."""
     base, start = _origin(state.top)
     exponent = key.log_scale / math.log(2) - base[..., None]
@@ -130,10 +129,9 @@ def read_causally(
     rise = _power_of_two(level[..., None, :] - level[..., None])
     tile = jnp.einsum("BKGCM,BKGDM->BKGCD", query, key.features, precision=HIGHEST)
     tile = jnp.where(sight.tokens, tile * rise * _exp2(exponent - level)[..., None, :], 0)
-    numerator, denominator = read(state, query)
     before = jnp.where(jnp.isneginf(start), 0, _power_of_two(-level))
-    numerator = before[..., None] * numerator + jnp.einsum("BKGCD,BKDE->BKGCE", tile, value, precision=HIGHEST)
-    return numerator, before * denominator + tile.sum(-1)
+    past = before[..., None] * read(state, query)
+    return past + jnp.einsum("BKGCD,BKDE->BKGCE", tile, value, precision=HIGHEST)
 
 
 def _origin(top: Float[Array, "B K g"]) -> tuple[Array, Array]:
@@ -143,7 +141,7 @@ def _origin(top: Float[Array, "B K g"]) -> tuple[Array, Array]:
 
 
 def _exp2(exponent: Array) -> Array:
-    """2^exponent, through the exponential, which XLA computes to fewer units of roundoff."""
+    """2^exponent; XLA computes the exponential to fewer units of roundoff."""
     return jnp.exp(exponent * math.log(2))
 
 

@@ -48,9 +48,9 @@ def dense(query, key, value, log_decay, visible, distance):
     N, K = query.shape[2], key.shape[2]
     query = query / np.sqrt(query.shape[-1])
     key, value = (jnp.repeat(x, N // K, axis=2) for x in (key, value))
-    decay = jnp.repeat(log_decay[:, 0], N // K)[:, None, None]
+    decay = jnp.repeat(log_decay[:, 0], N // K)[None, :, None, None]
     weights = jnp.einsum("BTNH,BSNH->BNTS", jnp.exp(query), jnp.exp(key))
-    weights *= jnp.where(visible[:, None], jnp.exp(decay * jnp.where(visible, distance, 0)[:, None]), 0)
+    weights *= jnp.where(visible[:, None], jnp.exp(decay * np.where(visible, distance, 0)[:, None]), 0)
     total = weights.sum(-1, keepdims=True)
     return jnp.einsum("BNTS,BSNE->BTNE", weights / jnp.where(total > 0, total, 1), value)
 

@@ -138,7 +138,7 @@ def test_future_changes_no_bit_of_the_prefix(chunk):
 
     def decoded(*case):
         state = method.init_state(2, 2, 8, T, jnp.float32)
-        state = dataclasses.replace(state, value=state.value[..., :5])
+        state = dataclasses.replace(state, sums=state.sums[..., : 5 + 1])
         return method.extend(state, *case, params=params)[1][:, :now]
 
     @jax.jit
@@ -178,7 +178,7 @@ def test_extend_with_a_temperature_a_head_equals_the_whole():
 def test_state_has_the_size_of_its_features_whatever_the_length():
     states = [Performer(features=16).init_state(2, 2, 8, length, jnp.bfloat16) for length in (10, 100_000)]
     assert [x.shape for x in jax.tree.leaves(states[0])] == [x.shape for x in jax.tree.leaves(states[1])]
-    assert states[0].value.dtype == jnp.float32
+    assert states[0].sums.dtype == jnp.float32
     assert sum(x.size for x in jax.tree.leaves(states[0])) == 2 * 2 * (16 * (8 + 1) + 1) + 1
 
 
