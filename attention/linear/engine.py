@@ -132,7 +132,9 @@ def read_all(state: LinearState, inputs: Inputs, feature_map: FeatureMap, chunk:
 
     @partial(jax.checkpoint, prevent_cse=False)
     def body(query, position, sees):
-        rows = read(state, feature_map.query(jnp.einsum("BCKGH->BKGCH", query.reshape(B, -1, K, G, H)), position).features)
+        rows = read(
+            state, feature_map.query(jnp.einsum("BCKGH->BKGCH", query.reshape(B, -1, K, G, H)), position).features
+        )
         output, lost = _normalised(rows, sees[:, None, None, :])
         return jnp.einsum("BKGCE->BCKGE", output).ravel(), lost
 
@@ -171,7 +173,7 @@ def _seen(own: Chunk, keys: Keys, feature_map: FeatureMap, dtype: Any) -> tuple[
     return sight, features._replace(log_scale=log_scale), with_ones(value), age
 
 
-def _normalised(rows: Float[Array, "B K G C E+1"], sees: Bool[Array, "b 1 1 C"]) -> tuple[Array, Array]:
+def _normalised(rows: Float[Array, "B K G C E1"], sees: Bool[Array, "b 1 1 C"]) -> tuple[Array, Array]:
     """Numerators over denominators, 0 in rows that see no key or have lost theirs; and how many these last are."""
     numerator, denominator = rows[..., :-1], rows[..., -1]
     size, info = lax.stop_gradient(jnp.abs(denominator)), jnp.finfo(denominator.dtype)

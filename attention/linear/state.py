@@ -40,11 +40,11 @@ class Features(NamedTuple):
 class LinearState:
     """What is kept of the keys: 2^top sums is the sum of phi(k) [v, 1]^T.
 
-    The last column, of the sums of phi(k), gives denominators in the product that gives numerators.
+    The last of E1 = E + 1 columns, of the sums of phi(k), gives denominators in the product that gives numerators.
     States over disjoint keys merge by rescaling both to the larger `top` and adding.
     """
 
-    sums: Float[Array, "B K g M E+1"]
+    sums: Float[Array, "B K g M E1"]
     top: Float[Array, "B K g"]
     length: Int[Array, ""]
 
@@ -88,12 +88,12 @@ class Sight(NamedTuple):
     state: Bool[Array, "b 1 1 C"]
 
 
-def with_ones(value: Float[Array, "B K C E"]) -> Float[Array, "B K C E+1"]:
+def with_ones(value: Float[Array, "B K C E"]) -> Float[Array, "B K C E1"]:
     """[v, 1], whose weighted sums are numerators and denominators side by side."""
     return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
 
-def absorb(state: LinearState, key: Features, value: Float[Array, "B K C E+1"], last: Sight | None = None):
+def absorb(state: LinearState, key: Features, value: Float[Array, "B K C E1"], last: Sight | None = None):
     """The state with the keys of a chunk added; those whose log_scale is -inf do not exist.
 
     With `last`, what the last row does not see is left out, and the state replaced where that row does not see it.
@@ -111,14 +111,14 @@ def absorb(state: LinearState, key: Features, value: Float[Array, "B K C E+1"], 
     return dataclasses.replace(state, sums=state.sums * kept + sums, top=base + level)
 
 
-def read(state: LinearState, query: Float[Array, "B K G C M"]) -> Float[Array, "B K G C E+1"]:
+def read(state: LinearState, query: Float[Array, "B K G C M"]) -> Float[Array, "B K G C E1"]:
     """Numerators and denominators, times 2^-top, of rows that see all of the state."""
     return jnp.einsum("BKGCM,BKGME->BKGCE", query, state.sums, precision=HIGHEST)
 
 
 def read_causally(
-    state: LinearState, query: Float[Array, "B K G C M"], key: Features, value: Float[Array, "B K C E+1"], sight: Sight
-) -> Float[Array, "B K G C E+1"]:
+    state: LinearState, query: Float[Array, "B K G C M"], key: Features, value: Float[Array, "B K C E1"], sight: Sight
+) -> Float[Array, "B K G C E1"]:
     """As `read`, for rows that see of the state and of the keys of their own chunk what `sight` says."""
     base, start = _origin(state.top)
     exponent = key.log_scale / math.log(2) - base[..., None]

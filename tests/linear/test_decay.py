@@ -112,9 +112,7 @@ def test_a_first_key_that_outweighs_all_others_is_forgotten():
         state = method.init_state(2, 2, 8, T, jnp.float32)
         return jnp.moveaxis(lax.scan(step, state, [jnp.moveaxis(x, 1, 0) for x in tokens])[1], 0, 1)
 
-    whole = jax.jit(
-        lambda *case: dot_product_attention(*case, method=method, params=params, is_causal=True)
-    )(*tokens)
+    whole = jax.jit(lambda *case: dot_product_attention(*case, method=method, params=params, is_causal=True))(*tokens)
     everyone = np.zeros((2, T), int)
     with jax.enable_x64(True):
         expected = dense(query, key, value, np.full((2, 1), np.log(0.5)), *seen(T, T, 0, (everyone, everyone)))
