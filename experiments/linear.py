@@ -115,7 +115,8 @@ def summary(results: list[dict[str, Any]], benchmark: Linear) -> dict[str, Any]:
         for who, series in times.items():
             long = [(T, second) for T, second in series if benchmark.growth_from <= T]
             if len(long) > 1:
-                slope = np.polyfit(*np.log(np.array(long)).T, 1)[0]
+                x, y = np.log(np.array(long)).T
+                slope = np.polyfit(x, y, 1)[0]
                 found["growth"].setdefault(label, {})[who] = float(slope)
             if who != "Chunked" and "Chunked" in times:
                 found["crossover"].setdefault(label, {})[who] = crossover(series, times["Chunked"])

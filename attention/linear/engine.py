@@ -46,20 +46,19 @@ class Chunk(NamedTuple):
     """C tokens of a scan.
 
     Attributes:
-        query, key, value: `B C K G H`, `B C K H` and `B C K E`, as callers have them, flattened: XLA would copy an
-            operand whose axes of size 1 it had moved.
-        position, visible, segment, sees: as in `Tokens`, `b C`.
-        last: position and segment of the token before the chunk, `b` each.
+        key, value: `B C K H` and `B C K E`, as callers have them, flattened: XLA would copy an operand whose axes of
+            size 1 it had moved.
+        position, visible, segment: as in `Keys`, `b C`.
+        last, last_segment: position and segment of the token before the chunk.
     """
 
-    query: Array | None
     key: Array
     value: Array
     position: Int[Array, "b C"]
     visible: Bool[Array, "b C"]
     segment: Int[Array, "b C"] | None
-    sees: Bool[Array, "b C"] | None
-    last: tuple[Int[Array, " b"], Int[Array, " b"] | None]
+    last: Int[Array, " b"]
+    last_segment: Int[Array, " b"] | None
 
 
 def attend(inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, "B K G T E"]:
@@ -76,8 +75,8 @@ def attend(inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, 
         raise ValueError("is_causal is False: expected True, since a decay counts positions back from a query")
     (B, K), E = inputs.query.shape[:2], inputs.value.shape[-1]
     state = LinearState.empty(B, K, feature_map.groups, feature_map.size, E, inputs.query.dtype)
-    if mask.query_segments is not None:
-        tokens, index = packed(inputs)
+    if mask.query_segments is not None and mask.key_segments is not None:
+        tokens, index = packed(inputs, (mask.query_segments, mask.key_segments))
         rows = scan_causally(state, tokens, feature_map, chunk)[1]
         return jnp.take_along_axis(rows, index[:, None, None, :, None], axis=3)
     keys = all_keys(inputs)
@@ -101,15 +100,18 @@ def scan_causally(
     E = tokens.keys.value.shape[-1]
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def body(state, own: Chunk):
-        query = jnp.einsum("BCKGH->BKGCH", own.query.reshape(B, -1, K, G, H))
+    def body(state, now: tuple[Array, Array, Chunk]):
+        flat, sees, own = now
+        query = jnp.einsum("BCKGH->BKGCH", flat.reshape(B, -1, K, G, H))
         sight, key, value, age = _seen(own, tokens.keys, feature_map, dtype)
         rows = read_causally(state, feature_map.query(query, own.position).features, key, value, sight)
-        output, lost = _normalised(rows, own.sees[:, None, None, :])
+        output, lost = _normalised(rows, sees[:, None, None, :])
         state = absorb(state, key, value, sight)
         return state if age is None else state.aged(age), (jnp.einsum("BKGCE->BCKGE", output).ravel(), lost)
 
-    final, (output, lost) = lax.scan(body, state, _chunks(tokens.keys, chunk, tokens.query, tokens.sees))
+    C = min(chunk, L)
+    query, sees = _flat(jnp.einsum("BKGLH->BLKGH", tokens.query), C), _split(tokens.sees, C)
+    final, (output, lost) = lax.scan(body, state, (query, sees, _chunks(tokens.keys, C)))
     _report(lost)
     return final, jnp.einsum("BLKGE->BKGLE", _joined(output, (B, L, K, G, E)))
 
@@ -123,7 +125,7 @@ def absorb_all(state: LinearState, keys: Keys, feature_map: FeatureMap, chunk: i
         state = absorb(state, key, value)
         return state if age is None else state.aged(age), None
 
-    return lax.scan(body, state, _chunks(keys, chunk))[0]
+    return lax.scan(body, state, _chunks(keys, min(chunk, keys.key.shape[2])))[0]
 
 
 def read_all(state: LinearState, inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, "B K G T E"]:
@@ -159,13 +161,13 @@ def _seen(own: Chunk, keys: Keys, feature_map: FeatureMap, dtype: Any) -> tuple[
     log_scale = jnp.where(own.visible[:, None, None, :], features.log_scale, -jnp.inf)
     past = jnp.tri(own.position.shape[1], dtype=bool)[None]
     same, joined = past, jnp.ones_like(own.position, bool)
-    if own.segment is not None:
+    if own.segment is not None and own.last_segment is not None:
         same = past & (own.segment[:, :, None] == own.segment[:, None, :])
-        joined = own.segment == own.last[1][:, None]
+        joined = own.segment == own.last_segment[:, None]
     age = None
     if feature_map.log_decay is not None:
         first = jnp.where(same, own.position[:, None, :], own.position[:, :, None]).min(-1)
-        since = (own.position - jnp.where(joined, own.last[0][:, None], first)).astype(dtype)
+        since = (own.position - jnp.where(joined, own.last[:, None], first)).astype(dtype)
         log_decay = feature_map.log_decay[None].astype(dtype)
         log_scale -= log_decay[..., None] * since[:, None, None, :]
         age = log_decay * since[:, None, None, -1]
@@ -191,23 +193,16 @@ def _report(lost: Int[Array, " chunks"]) -> None:
     traced_check(~lost.any(), message, n=lost.sum())
 
 
-def _chunks(keys: Keys, chunk: int, query: Array | None = None, sees: Array | None = None) -> Chunk:
-    """The tokens cut into chunks, which come first."""
-    C = min(chunk, keys.key.shape[2])
-    position, segment = (None if x is None else _split(x, C, "edge") for x in (keys.position, keys.segment))
-    # The chunk before the first one ends at the position before the first, in the same segment: it is empty.
-    last = jnp.concatenate([position[:1, :, 0] - 1, position[:-1, :, -1]])
-    before = None if segment is None else jnp.concatenate([segment[:1, :, 0], segment[:-1, :, -1]])
-    return Chunk(
-        query=None if query is None else _flat(jnp.einsum("BKGLH->BLKGH", query), C),
-        key=_flat(jnp.swapaxes(keys.key, 1, 2), C),
-        value=_flat(jnp.swapaxes(keys.value, 1, 2), C),
-        position=position,
-        visible=_split(keys.visible, C),
-        segment=segment,
-        sees=None if sees is None else _split(sees, C),
-        last=(last, before),
-    )
+def _chunks(keys: Keys, C: int) -> Chunk:
+    """The keys cut into chunks, which come first."""
+    position, segment = _split(keys.position, C, "edge"), None
+    # Before the first chunk there is no token. Its place is taken by one of the first token's segment, just before it.
+    last, last_segment = jnp.concatenate([position[:1, :, 0] - 1, position[:-1, :, -1]]), None
+    if keys.segment is not None:
+        segment = _split(keys.segment, C, "edge")
+        last_segment = jnp.concatenate([segment[:1, :, 0], segment[:-1, :, -1]])
+    key, value = (_flat(jnp.swapaxes(x, 1, 2), C) for x in (keys.key, keys.value))
+    return Chunk(key, value, position, _split(keys.visible, C), segment, last, last_segment)
 
 
 def _split(x: Array, C: int, mode: str = "constant") -> Array:

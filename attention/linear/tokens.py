@@ -63,19 +63,19 @@ def aligned(inputs: Inputs, keys: Keys) -> Tokens:
     return Tokens(inputs.query, Keys(key, value, position, visible), rows_that_see(inputs))
 
 
-def packed(inputs: Inputs) -> tuple[Tokens, Int[Array, "B T"]]:
-    """Queries and keys of any segment ids, sorted: a segment's tokens side by side. Where each query went as well.
+def packed(inputs: Inputs, segments: tuple[Array, Array]) -> tuple[Tokens, Int[Array, "B T"]]:
+    """Queries and keys of any segment ids, `B T` and `B S`, a segment's side by side; and where each query went.
 
     Every query and every key becomes a token, T + S in all, the other half of which is unused. Within a segment
     they stand by position, at the same one keys before queries; where nothing is causal, all keys before all
     queries. Either way a query sees the keys that are before it in its segment.
     """
     mask = inputs.mask
-    (B, T), S = mask.query_segments.shape, mask.num_keys
-    index = jnp.arange(T + S)[None]
+    T, S = mask.num_queries, mask.num_keys
+    B, index = segments[0].shape[0], jnp.arange(T + S)[None]
     column = index[:, :T] if mask.offset is None else index[:, :T] + mask.offset[:, None]
     position = jnp.concatenate([jnp.broadcast_to(column, (B, T)), jnp.broadcast_to(index[:, :S], (B, S))], axis=1)
-    segment = jnp.concatenate([mask.query_segments, mask.key_segments], axis=1)
+    segment = jnp.concatenate(segments, axis=1)
     token = jnp.broadcast_to(index, (B, T + S))
     asks = token < T
     time = (position, asks) if mask.causal else (asks, position)

@@ -50,9 +50,9 @@ def test_gradients_of_16_bit_operands_are_rounded_once(dtype, u):
 
     @jax.jit
     def gradients(cotangent, *case):
-        return jax.vjp(
-            lambda *case: dot_product_attention(*case, method=method, params=params, is_causal=True), *case
-        )[1](cotangent)
+        return jax.vjp(lambda *case: dot_product_attention(*case, method=method, params=params, is_causal=True), *case)[
+            1
+        ](cotangent)
 
     found = gradients(cotangent, *case)
     with jax.enable_x64(True):
