@@ -8,6 +8,7 @@ import pytest
 import attention
 from experiments import benchmark, temperature
 from experiments.contestants import Cell, jax_nn, ours
+from experiments.linear import crossover
 from experiments.timing import interleaved, ratios
 
 
@@ -65,6 +66,19 @@ def test_certificates_are_measured(tmp_path, capsys):
         assert 0 <= cell["read"] <= 1
     assert all(race["largest_error"] <= race["largest_bound"] for race in races)
     assert "coherent" in capsys.readouterr().out
+
+
+def test_growth_and_crossover_of_linear_attention_are_measured(tmp_path, capsys):
+    options = "--lengths 16 48 --features 4 8 --heads 1 --head-size 8 --rounds 1 --growth-from 1 --positions 5 9"
+    benchmark.main(["linear", *options.split(), "--exact-up-to", "16", "--out", str(tmp_path / "linear")])
+    *cells, decoding, found = json.loads((tmp_path / "linear" / "results.json").read_text())["cells"]
+    assert [("Chunked" in cell["seconds"]) for cell in cells] == [True, False] * 2
+    assert set(decoding["seconds"]) == {"5", "9"}
+    assert all(set(growth) == {"Performer, M = 4", "Performer, M = 8"} for growth in found["growth"].values())
+    assert "growth" in capsys.readouterr().out
+    # On logarithmic axes the ratio 4 falls to 1 / 4 half way from 1 to 16.
+    assert crossover([(1, 4.0), (16, 16.0)], [(1, 1.0), (16, 64.0)]) == pytest.approx(4.0)
+    assert crossover([(1, 1.0), (16, 1.0)], [(1, 2.0), (16, 2.0)]) is None
 
 
 @pytest.mark.parametrize("causal", [False, True])

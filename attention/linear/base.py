@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from attention.inputs import Inputs, prepare_tokens, ungrouped
 from attention.linear import engine
 from attention.linear.state import LinearState
+from attention.linear.tokens import aligned, all_keys
 from attention.method import Cost, Method, check_positive
 
 
@@ -100,7 +101,6 @@ class Linear(Method, register=False):
 def _extended(state: LinearState, inputs: Inputs, *, method: Linear) -> tuple[LinearState, Array]:
     """Compiled, so that a loop over tokens outside any jit compiles once."""
     feature_map = method.feature_map(inputs)
-    keys = engine.all_keys(inputs, state.length)
-    state = state.with_groups(feature_map.groups)
-    state, output = engine.scan_causally(state, inputs, keys, feature_map, method.chunk)
+    tokens = aligned(inputs, all_keys(inputs, state.length))
+    state, output = engine.scan_causally(state.with_groups(feature_map.groups), tokens, feature_map, method.chunk)
     return dataclasses.replace(state, length=state.length + inputs.mask.num_keys), output

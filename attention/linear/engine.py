@@ -8,6 +8,7 @@ of 1, the terms lost to underflow are no longer below rounding and the estimate 
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention.checks import traced_check
 from attention.inputs import Inputs
-from attention.linear.state import Features, LinearState, absorb, read, read_causally
-from attention.rounding import sees_any
+from attention.linear.state import Features, LinearState, Sight, absorb, read, read_causally, with_ones
+from attention.linear.tokens import Keys, Tokens, aligned, all_keys, packed, rows_that_see
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,138 +31,194 @@ class FeatureMap:
         key: features of keys `B K C H`, given in the dtype of the queries.
         size: M.
         groups: g of the keys' features: 1 where the query heads of a group share them, G where they differ.
+        log_decay: log gamma <= 0, `K g` or with axes of size 1: a key d positions back weighs gamma^d times what
+            it would, as in retention (Sun et al., arXiv 2307.08621). None for gamma = 1. For causal calls only.
     """
 
     query: Callable[[Array, Array], Features]
     key: Callable[[Array, Array], Features]
     size: int
     groups: int = 1
+    log_decay: Float[Array, "k g"] | None = None
 
 
-class Keys(NamedTuple):
-    """Keys `B K C H` and values `B K C E`, their positions, and whether they exist, both `b C`."""
+class Chunk(NamedTuple):
+    """C tokens of a scan.
 
-    key: Float[Array, "..."]
-    value: Float[Array, "..."]
+    Attributes:
+        key, value: `B C K H` and `B C K E`, as callers have them, flattened: XLA would copy an operand whose axes of
+            size 1 it had moved.
+        position, visible, segment: as in `Keys`, `b C`.
+        last, last_segment: position and segment of the token before the chunk.
+    """
+
+    key: Array
+    value: Array
     position: Int[Array, "b C"]
     visible: Bool[Array, "b C"]
-
-    def features(self, feature_map: FeatureMap, dtype: Any) -> Features:
-        """Their features, with log_scale = -inf where there is no key."""
-        mapped = feature_map.key(self.key.astype(dtype), self.position)
-        return mapped._replace(log_scale=jnp.where(self.visible[:, None, None, :], mapped.log_scale, -jnp.inf))
+    segment: Int[Array, "b C"] | None
+    last: Int[Array, " b"]
+    last_segment: Int[Array, " b"] | None
 
 
 def attend(inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, "B K G T E"]:
-    """Linear attention under the causal mask and the lengths of `inputs`.
+    """Linear attention under the causal mask, the lengths and the segments of `inputs`.
 
-    Time O((T + S) M (H + E)), and O(T C (M + E)) more where causal. The backward pass keeps one state a
-    chunk of C tokens, and nothing of size M a token.
+    Time O((T + S) M (H + E)), and O(T C (M + E)) more where causal; with segments, as if causal with T + S tokens.
+    The backward pass keeps one state a chunk of C tokens, and nothing of size M a token.
+
+    Raises:
+        ValueError: a decay, and no causal mask.
     """
+    mask = inputs.mask
+    if feature_map.log_decay is not None and not mask.causal:
+        raise ValueError("is_causal is False: expected True, since a decay counts positions back from a query")
     (B, K), E = inputs.query.shape[:2], inputs.value.shape[-1]
     state = LinearState.empty(B, K, feature_map.groups, feature_map.size, E, inputs.query.dtype)
-    keys, offset = all_keys(inputs), inputs.mask.offset
-    if not inputs.mask.causal:
+    if mask.query_segments is not None and mask.key_segments is not None:
+        tokens, index = packed(inputs, (mask.query_segments, mask.key_segments))
+        rows = scan_causally(state, tokens, feature_map, chunk)[1]
+        return jnp.take_along_axis(rows, index[:, None, None, :, None], axis=3)
+    keys = all_keys(inputs)
+    if not mask.causal:
         return read_all(absorb_all(state, keys, feature_map, chunk), inputs, feature_map, chunk)
-    if offset is not None:
+    if mask.offset is not None:
         # Every query sees the keys before the first query's own; the others are lined up with the queries.
-        earlier = keys._replace(visible=keys.visible & (keys.position < offset[:, None]))
+        first = mask.offset[:, None]
+        earlier = keys._replace(visible=keys.visible & (keys.position < first))
+        # The state is as old as the key before the first query.
+        earlier = earlier._replace(position=jnp.minimum(keys.position, first - 1))
         state = absorb_all(state, earlier, feature_map, chunk)
-    return scan_causally(state, inputs, _aligned(keys, offset, inputs.mask.num_queries), feature_map, chunk)[1]
+    return scan_causally(state, aligned(inputs, keys), feature_map, chunk)[1]
 
 
 def scan_causally(
-    state: LinearState, inputs: Inputs, keys: Keys, feature_map: FeatureMap, chunk: int
-) -> tuple[LinearState, Float[Array, "B K G T E"]]:
+    state: LinearState, tokens: Tokens, feature_map: FeatureMap, chunk: int
+) -> tuple[LinearState, Float[Array, "B K G L E"]]:
     """Row i sees the state and the keys up to index i. Returns the state after all the keys as well."""
-    T, dtype = inputs.mask.num_queries, inputs.query.dtype
-    C = min(chunk, T)
+    (B, K, G, L, H), dtype = tokens.query.shape, tokens.query.dtype
+    E = tokens.keys.value.shape[-1]
 
-    @jax.checkpoint
-    def body(state, now):
-        query, own = now
-        key, value = own.features(feature_map, dtype), own.value.astype(dtype)
-        rows = read_causally(state, feature_map.query(query, own.position).features, key, value)
-        return absorb(state, key, value), rows
+    @partial(jax.checkpoint, prevent_cse=False)
+    def body(state, now: tuple[Array, Array, Chunk]):
+        flat, sees, own = now
+        query = jnp.einsum("BCKGH->BKGCH", flat.reshape(B, -1, K, G, H))
+        sight, key, value, age = _seen(own, tokens.keys, feature_map, dtype)
+        rows = read_causally(state, feature_map.query(query, own.position).features, key, value, sight)
+        output, lost = _normalised(rows, sees[:, None, None, :])
+        state = absorb(state, key, value, sight)
+        return state if age is None else state.aged(age), (jnp.einsum("BKGCE->BCKGE", output).ravel(), lost)
 
-    final, rows = lax.scan(body, state, (_split(inputs.query, 3, C), _split_keys(keys, C)))
-    return final, _normalised(rows, inputs)
+    C = min(chunk, L)
+    query, sees = _flat(jnp.einsum("BKGLH->BLKGH", tokens.query), C), _split(tokens.sees, C)
+    final, (output, lost) = lax.scan(body, state, (query, sees, _chunks(tokens.keys, C)))
+    _report(lost)
+    return final, jnp.einsum("BLKGE->BKGLE", _joined(output, (B, L, K, G, E)))
 
 
 def absorb_all(state: LinearState, keys: Keys, feature_map: FeatureMap, chunk: int) -> LinearState:
     """The state with all of `keys` added, chunk by chunk."""
 
-    @jax.checkpoint
-    def body(state, own):
-        return absorb(state, own.features(feature_map, state.top.dtype), own.value.astype(state.top.dtype)), None
+    @partial(jax.checkpoint, prevent_cse=False)
+    def body(state, own: Chunk):
+        _, key, value, age = _seen(own, keys, feature_map, state.top.dtype)
+        state = absorb(state, key, value)
+        return state if age is None else state.aged(age), None
 
-    return lax.scan(body, state, _split_keys(keys, min(chunk, keys.key.shape[2])))[0]
+    return lax.scan(body, state, _chunks(keys, min(chunk, keys.key.shape[2])))[0]
 
 
 def read_all(state: LinearState, inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, "B K G T E"]:
     """The rows of queries that all see all of the state, chunk by chunk."""
-    T = inputs.mask.num_queries
+    B, K, G, T, H = inputs.query.shape
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def body(query, position, sees):
+        rows = read(
+            state, feature_map.query(jnp.einsum("BCKGH->BKGCH", query.reshape(B, -1, K, G, H)), position).features
+        )
+        output, lost = _normalised(rows, sees[:, None, None, :])
+        return jnp.einsum("BKGCE->BCKGE", output).ravel(), lost
+
     C = min(chunk, T)
-    body = jax.checkpoint(lambda now: read(state, feature_map.query(*now).features))
-    rows = lax.map(body, (_split(inputs.query, 3, C), _split(jnp.arange(T)[None], 1, C)))
-    return _normalised(rows, inputs)
+    query = _flat(jnp.einsum("BKGTH->BTKGH", inputs.query), C)
+    row = _split(jnp.arange(T)[None], C), _split(rows_that_see(inputs), C)
+    output, lost = lax.map(lambda now: body(*now), (query, *row))
+    _report(lost)
+    return jnp.einsum("BTKGE->BKGTE", _joined(output, (B, T, K, G, inputs.value.shape[-1])))
 
 
-def all_keys(inputs: Inputs, start: Int[Array, ""] | int = 0) -> Keys:
-    """Every key of `inputs`, the first at position `start`, visible up to the lengths."""
-    index, lengths = jnp.arange(inputs.mask.num_keys)[None], inputs.mask.key_lengths
-    visible = jnp.ones_like(index, bool) if lengths is None else index < lengths[:, None]
-    return Keys(inputs.key, inputs.value, index + start, visible)
+def _seen(own: Chunk, keys: Keys, feature_map: FeatureMap, dtype: Any) -> tuple[Sight, Features, Array, Array | None]:
+    """Who sees whom in a chunk; its keys' features with log_scale = -inf where there is no key; values; the age.
+
+    Ages count from the token before the chunk, or the first of a new segment. That of the state, at the end, is None
+    without decay.
+    """
+    B, K, _, H = keys.key.shape
+    key, value = own.key.reshape(B, -1, K, H), own.value.reshape(B, -1, K, keys.value.shape[-1])
+    key, value = (jnp.swapaxes(x, 1, 2).astype(dtype) for x in (key, value))
+    features = feature_map.key(key, own.position)
+    log_scale = jnp.where(own.visible[:, None, None, :], features.log_scale, -jnp.inf)
+    past = jnp.tri(own.position.shape[1], dtype=bool)[None]
+    same, joined = past, jnp.ones_like(own.position, bool)
+    if own.segment is not None and own.last_segment is not None:
+        same = past & (own.segment[:, :, None] == own.segment[:, None, :])
+        joined = own.segment == own.last_segment[:, None]
+    age = None
+    if feature_map.log_decay is not None:
+        first = jnp.where(same, own.position[:, None, :], own.position[:, :, None]).min(-1)
+        since = (own.position - jnp.where(joined, own.last[:, None], first)).astype(dtype)
+        log_decay = feature_map.log_decay[None].astype(dtype)
+        log_scale -= log_decay[..., None] * since[:, None, None, :]
+        age = log_decay * since[:, None, None, -1]
+    sight = Sight(same[:, None, None], joined[:, None, None])
+    return sight, features._replace(log_scale=log_scale), with_ones(value), age
 
 
-def _aligned(keys: Keys, offset: Int[Array, " b"] | None, T: int) -> Keys:
-    """The keys rearranged so that index i holds the key at the position of query i, i + offset."""
-    S = keys.key.shape[2]
-    position = jnp.arange(T)[None] if offset is None else jnp.arange(T)[None] + offset[:, None]
-    index = position.clip(0, S - 1)
-    inside = (position >= 0) & (position < S)
-    if offset is None:
-        key, value = (x[:, :, :T] if T <= S else _padded(x, 2, T) for x in (keys.key, keys.value))
-    else:
-        key, value = (jnp.take_along_axis(x, index[:, None, :, None], axis=2) for x in (keys.key, keys.value))
-    return Keys(key, value, position, inside & jnp.take_along_axis(keys.visible, index, axis=1))
-
-
-def _normalised(rows: tuple[Array, Array], inputs: Inputs) -> Float[Array, "B K G T E"]:
-    """Numerators over denominators, both `chunks B K G C ...`; 0 in rows that see no key, or have lost theirs."""
-    numerator, denominator = (_joined(x, 3, inputs.mask.num_queries) for x in rows)
+def _normalised(rows: Float[Array, "B K G C E1"], sees: Bool[Array, "b 1 1 C"]) -> tuple[Array, Array]:
+    """Numerators over denominators, 0 in rows that see no key or have lost theirs; and how many these last are."""
+    numerator, denominator = rows[..., :-1], rows[..., -1]
     size, info = lax.stop_gradient(jnp.abs(denominator)), jnp.finfo(denominator.dtype)
-    sees = sees_any(inputs.mask)
     lost = sees & (size <= float(info.tiny) / float(info.eps))
-    message = "the denominators of {n} rows vanish: products of features underflow; raise the temperature"
-    traced_check(~lost.any(), message, n=lost.sum())
     valid = sees & ~lost
     # By its own size first: it cancels, and no gradient meets the square of a small denominator. The barrier keeps XLA
     # from turning a / unit / (denominator / unit) into a * unit / (unit * denominator), which underflows all the same.
     unit = jnp.where(valid, size, 1)
     total = lax.optimization_barrier(jnp.where(valid, denominator, 1) / unit)
-    return jnp.where(valid[..., None], numerator, 0) / unit[..., None] / total[..., None]
+    return jnp.where(valid[..., None], numerator, 0) / unit[..., None] / total[..., None], lost.sum()
 
 
-def _split(x: Array, axis: int, C: int) -> Array:
-    """The axis padded with zeros to a multiple of C and cut into chunks, which come first."""
-    chunks = -(-x.shape[axis] // C)
-    x = _padded(x, axis, chunks * C)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, C, *x.shape[axis + 1 :]), axis, 0)
+def _report(lost: Int[Array, " chunks"]) -> None:
+    message = "the denominators of {n} rows vanish: products of features underflow; raise the temperature"
+    traced_check(~lost.any(), message, n=lost.sum())
 
 
-def _split_keys(keys: Keys, C: int) -> Keys:
-    return Keys(
-        _split(keys.key, 2, C), _split(keys.value, 2, C), _split(keys.position, 1, C), _split(keys.visible, 1, C)
-    )
+def _chunks(keys: Keys, C: int) -> Chunk:
+    """The keys cut into chunks, which come first."""
+    position, segment = _split(keys.position, C, "edge"), None
+    # Before the first chunk there is no token. Its place is taken by one of the first token's segment, just before it.
+    last, last_segment = jnp.concatenate([position[:1, :, 0] - 1, position[:-1, :, -1]]), None
+    if keys.segment is not None:
+        segment = _split(keys.segment, C, "edge")
+        last_segment = jnp.concatenate([segment[:1, :, 0], segment[:-1, :, -1]])
+    key, value = (_flat(jnp.swapaxes(x, 1, 2), C) for x in (keys.key, keys.value))
+    return Chunk(key, value, position, _split(keys.visible, C), segment, last, last_segment)
 
 
-def _joined(chunks: Array, axis: int, length: int) -> Array:
-    """The inverse of `_split`."""
-    x = jnp.moveaxis(chunks, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return lax.slice_in_dim(x, 0, length, axis=axis)
+def _split(x: Array, C: int, mode: str = "constant") -> Array:
+    """Axis 1 padded to a multiple of C, with zeros unless `mode` says otherwise, and cut into chunks in front."""
+    chunks = -(-x.shape[1] // C)
+    x = jnp.pad(x, [(0, chunks * C - n if a == 1 else 0) for a, n in enumerate(x.shape)], mode=mode)
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, C, *x.shape[2:]), 1, 0)
 
 
-def _padded(x: Array, axis: int, length: int) -> Array:
-    return jnp.pad(x, [(0, length - n if a == axis else 0) for a, n in enumerate(x.shape)])
+def _flat(x: Array, C: int) -> Array:
+    """`_split` with each chunk flattened."""
+    chunks = _split(x, C)
+    return chunks.reshape(chunks.shape[0], -1)
+
+
+def _joined(chunks: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_flat`."""
+    x = jnp.moveaxis(chunks.reshape(len(chunks), shape[0], -1, *shape[2:]), 0, 1)
+    return lax.slice_in_dim(x.reshape(shape[0], -1, *shape[2:]), 0, shape[1], axis=1)

@@ -66,7 +66,7 @@ class Performer(Linear):
     coupling: Coupling = "orthogonal"
     features: int = 256
 
-    capabilities = Capabilities(causal=True, lengths=True, cross=True, decoding=True, random=True)
+    capabilities = Capabilities(causal=True, lengths=True, segments=True, cross=True, decoding=True, random=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -84,6 +84,31 @@ def test_engine_equals_the_quadratic_form(T, S, chunk, beta):
 
 
 LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
+SEGMENTS = ("query_segment_ids", "key_value_segment_ids")
+
+
+def test_segments_of_any_ids_in_any_order_equal_the_quadratic_form():
+    """Ids that come back, that only queries or only keys have, in one call with lengths and either alignment."""
+    T, S, forms = 9, 14, [{"is_causal": False}]
+    forms += [{"is_causal": True, "causal_alignment": alignment} for alignment in ("top_left", "bottom_right")]
+    rng, lengths = np.random.default_rng(8), (np.array([T, T - 2]), np.array([S - 3, S]))
+    with jax.enable_x64(True):
+        query, key, value = draw(0, T, S)
+        method = Performer(features=24, chunk=4)
+        params = method.init(jax.random.key(1), num_heads=4, head_dim=8)
+        attend = jax.jit(
+            lambda *case, **given: [
+                dot_product_attention(*case, method=method, params=params, **options, **given) for options in forms
+            ]
+        )
+        for low, high in ((0, 3), (-2, 9)):
+            ids = [rng.integers(low, high, size=(2, n)) for n in (T, S)]
+            given = dict(zip((*LENGTHS, *SEGMENTS), (*lengths, *ids), strict=True))
+            for options, output in zip(forms, attend(query, key, value, **given), strict=True):
+                shown = visibility(2, T, S, options["is_causal"], options.get("causal_alignment"), lengths)
+                shown &= ids[0][:, :, None] == ids[1][:, None, :]
+                expected = quadratic(query, key, value, params.constants["projection"], np.full(4, 8**-0.5), shown)
+                np.testing.assert_allclose(output, expected, atol=SAME, rtol=0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -113,7 +138,7 @@ def test_future_changes_no_bit_of_the_prefix(chunk):
 
     def decoded(*case):
         state = method.init_state(2, 2, 8, T, jnp.float32)
-        state = dataclasses.replace(state, value=state.value[..., :5])
+        state = dataclasses.replace(state, sums=state.sums[..., : 5 + 1])
         return method.extend(state, *case, params=params)[1][:, :now]
 
     @jax.jit
@@ -153,7 +178,7 @@ def test_extend_with_a_temperature_a_head_equals_the_whole():
 def test_state_has_the_size_of_its_features_whatever_the_length():
     states = [Performer(features=16).init_state(2, 2, 8, length, jnp.bfloat16) for length in (10, 100_000)]
     assert [x.shape for x in jax.tree.leaves(states[0])] == [x.shape for x in jax.tree.leaves(states[1])]
-    assert states[0].value.dtype == jnp.float32
+    assert states[0].sums.dtype == jnp.float32
     assert sum(x.size for x in jax.tree.leaves(states[0])) == 2 * 2 * (16 * (8 + 1) + 1) + 1
 
 
