@@ -114,7 +114,7 @@ class Taylor(Linear):
     def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> Any:
         """A `TaylorState`: as `Linear.init_state`, and two keys a head more."""
         sums = super().init_state(batch, num_kv_heads, head_dim, max_length, dtype)
-        nothing = jnp.zeros((batch, num_kv_heads, head_dim), sums.value.dtype)
+        nothing = jnp.zeros((batch, num_kv_heads, head_dim), sums.sums.dtype)
         return TaylorState(sums=sums, first=nothing, total=nothing)
 
     def extend(self, state: Any, query: Array, key: Array, value: Array, **options: Any) -> tuple[Any, Array]:

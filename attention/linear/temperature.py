@@ -32,7 +32,7 @@ def shared(
     """
     G = inputs.query.shape[2]
     own = G > 1 and (own_keys or inputs.beta.ndim > 0)
-    down, up = _halves(inputs.beta)
+    down, up = halves(inputs.beta)
 
     def keys(k: Array, position: Array) -> Features:
         y = k[:, :, None] * up
@@ -41,13 +41,17 @@ def shared(
     return FeatureMap(query=lambda q, i: query(q * down, i), key=keys, size=size, groups=G if own else 1)
 
 
-def _halves(beta: Float[Array, "..."]) -> tuple[Array, Array]:
+def halves(beta: Float[Array, "..."]) -> tuple[Array, Array]:
     """The factors 1 / sqrt|beta| of queries, which carry beta, and sqrt|beta| of keys; both 0 at 0.
 
     Five axes, `1 K G 1 1` or all of size 1. The square root is guarded, so that its gradient at 0 is not NaN.
     """
     zero = beta == 0
     root = jnp.sqrt(jnp.where(zero, 1, jnp.abs(beta)))
-    down, up = jnp.where(zero, 0, 1 / root), jnp.where(zero, 0, root)
+    return five_axes(jnp.where(zero, 0, 1 / root)), five_axes(jnp.where(zero, 0, root))
+
+
+def five_axes(beta: Float[Array, "..."]) -> Float[Array, "1 K G 1 1"]:
+    """One number a head, or one for all, as it multiplies queries `B K G T H`."""
     K, G = beta.shape if beta.ndim else (1, 1)
-    return down.reshape(1, K, G, 1, 1), up.reshape(1, K, G, 1, 1)
+    return beta.reshape(1, K, G, 1, 1)
