@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from attention.linear import random_features
 from attention.linear.state import HIGHEST, Features
+from attention.linear.temperature import five_axes, halves
 
 Kind = Literal["positive", "trigonometric", "hyperbolic", "relu", "optimal", "data_dependent"]
 Map = Callable[[Array, Array], Features]
@@ -27,7 +28,7 @@ def kernel_maps(kind: Kind, constants: dict[str, Array], beta: Float[Array, "...
         return _plain(OF_A_TOKEN[kind], constants["projection"], beta)
     spread = constants["spread"]
     spread = spread.reshape(1, spread.shape[0], 1, 1, -1)
-    ratio = random_features.best_ratio(jnp.abs(_five_axes(beta)) * spread)
+    ratio = random_features.best_ratio(jnp.abs(five_axes(beta)) * spread)
 
     def features(x, projection):
         return random_features.dense_exponential_features(x, projection, ratio)
@@ -39,7 +40,7 @@ def kernel_maps(kind: Kind, constants: dict[str, Array], beta: Float[Array, "...
 
 def _plain(features: Callable[[Array, Array], Features], projection, beta) -> tuple[Map, Map]:
     """phi(beta q / sqrt|beta|) and phi(k sqrt|beta|)."""
-    down, up = _halves(beta)
+    down, up = halves(beta)
     return (
         lambda query, position: features(query * down, projection),
         lambda key, position: features(key[:, :, None] * up, projection),
@@ -51,7 +52,7 @@ def _centred(features: Callable[[Array, Array], Features], constants, beta, K: i
 
     beta q.k = beta (q - d).(k - c) + beta q.c + beta d.(k - c), and the last two are scales of a token.
     """
-    scale, (down, up) = _five_axes(beta), _halves(beta)
+    scale, (down, up) = five_axes(beta), halves(beta)
     d, c = (constants[name][None, :, None, None] for name in ("query_mean", "key_mean"))
     of_query, of_key = (_per_head(constants[name], K) for name in ("query_map", "key_map"))
 
@@ -73,18 +74,3 @@ def _per_head(matrices: Float[Array, "k H h"], K: int) -> Callable[[Array], Arra
     """The product of tokens `B K g C h` with the matrix of their key head."""
     wide = jnp.broadcast_to(matrices, (K, *matrices.shape[1:]))
     return lambda tokens: jnp.einsum("BKgCh,KHh->BKgCH", tokens, wide, precision=HIGHEST)
-
-
-def _halves(beta: Float[Array, "..."]) -> tuple[Array, Array]:
-    """What queries (which carry beta) and keys are multiplied by: 1 / sqrt|beta| and sqrt|beta|, 0 and 0 at 0.
-
-    Five axes, `1 K G 1 1` or all of size 1. The square root is guarded, so that its gradient at 0 is not NaN.
-    """
-    zero = beta == 0
-    root = jnp.sqrt(jnp.where(zero, 1, jnp.abs(beta)))
-    return _five_axes(jnp.where(zero, 0, 1 / root)), _five_axes(jnp.where(zero, 0, root))
-
-
-def _five_axes(beta: Float[Array, "..."]) -> Float[Array, "1 K G 1 1"]:
-    K, G = beta.shape if beta.ndim else (1, 1)
-    return beta.reshape(1, K, G, 1, 1)
