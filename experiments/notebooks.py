@@ -26,7 +26,7 @@ def texts() -> list[Path]:
 
 
 def unexecuted(text: Path) -> NotebookNode:
-    """The notebook that a text is, without outputs; cells are numbered, so that the same text gives the same notebook."""
+    """The notebook that a text is, without outputs; the same text gives the same notebook."""
     notebook = jupytext.read(text)
     notebook.metadata = {"kernelspec": dict(notebook.metadata["kernelspec"]), "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):

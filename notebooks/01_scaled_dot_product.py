@@ -24,8 +24,9 @@
 # 2. in *The dog found some pizza next to the baby and ate it*, "it" attends to the pizza;
 # 3. without the division by $\sqrt{H}$ the softmax saturates.
 #
-# Each check prints what it measured and whether the claim holds. Axis letters: `B` batch, `T` words that look (queries),
-# `S` words that are looked at (keys), `N` heads, `H` size of a head (often called $d_k$), `D` size of an embedding.
+# Each check prints what it measured and whether the claim holds. Axis letters: `B` batch, `T` words that look
+# (queries), `S` words that are looked at (keys), `N` heads, `H` size of a head (often called $d_k$), `D` size of an
+# embedding.
 
 # %%
 import itertools
@@ -108,9 +109,9 @@ for sentence in SENTENCES:
     print(f"{sentence!r}: x {embedded(sentence).shape}, q {q.shape}, scores {steps.scores.shape}, {steps.output.shape}")
 
 # %% [markdown]
-# `attention.attention_steps` returns every intermediate result: `scores` $= Q K^\top$, `scaled_scores`, `masked_scores`,
-# `weights` after the softmax, and the `output`. The rows of a matrix are the words that look, its columns the words that
-# are looked at.
+# `attention.attention_steps` returns every intermediate result: `scores` $= Q K^\top$, `scaled_scores`,
+# `masked_scores`, `weights` after the softmax, and the `output`. The rows of a matrix are the words that look, its
+# columns the words that are looked at.
 
 # %%
 figure, grid = plt.subplots(3, 4, figsize=(13, 10.5), height_ratios=[1, 1, 2.2])
@@ -196,8 +197,8 @@ verdict(
 #
 # $$\mathrm{Var}(q \cdot k) = H, \qquad \mathrm{Var}\!\left(\frac{q \cdot k}{\sqrt{H}}\right) = 1.$$
 #
-# Softmax is a function of differences of scores. At a spread of $\sqrt{H}$ the largest takes it all, and nothing is left
-# to learn from: the derivative of the weights $p$ by the scores is $\mathrm{diag}(p) - p p^\top$, and its trace,
+# Softmax is a function of differences of scores. At a spread of $\sqrt{H}$ the largest takes it all, and nothing is
+# left to learn from: the derivative of the weights $p$ by the scores is $\mathrm{diag}(p) - p p^\top$, and its trace,
 #
 # $$\sum_j p_j (1 - p_j) = 1 - \sum_j p_j^2,$$
 #
@@ -209,7 +210,7 @@ SIZES, S = np.array([4, 8, 16, 32, 64, 128, 256, 512, 1024]), len(words_of(SENTE
 
 @jax.jit
 def softmax_numbers(scores):
-    """The variance of the scores, and means over rows of the weights: entropy, largest weight, trace of the Jacobian."""
+    """The variance of the scores; means over rows: entropy, largest weight, trace of softmax's derivative."""
     p = jax.nn.softmax(scores)
     entropy = -jnp.where(p > 0, p * jnp.log(p), 0).sum(-1)
     return jnp.stack([scores.var(), entropy.mean(), p.max(-1).mean(), (1 - (p**2).sum(-1)).mean()])
@@ -224,7 +225,12 @@ for H in SIZES:
 measured = {name: np.array(rows).T for name, rows in measured.items()}
 
 figure, grid = plt.subplots(1, 4, figsize=(13, 3))
-titles = ["variance of the scores", "entropy of a row (nats)", "largest weight of a row", "trace of softmax's derivative"]
+titles = [
+    "variance of the scores",
+    "entropy of a row (nats)",
+    "largest weight of a row",
+    "trace of softmax's derivative",
+]
 for axes, title, *lines in zip(grid, titles, *measured.values(), strict=True):
     for name, line, colour, marker in zip(measured, lines, (ORANGE, BLUE), "so", strict=True):
         axes.plot(SIZES, line, marker=marker, linestyle="", color=colour, label=name)
@@ -243,9 +249,9 @@ plt.show()
 # %% [markdown]
 # ## Claim 3: unscaled scores saturate the softmax
 #
-# We call a softmax saturated if the trace of its derivative has fallen below a quarter of the largest value that it can
-# have, $1 - 1 / S$. Whether that happens is a matter of $H$ and of how large queries and keys are, so the check asks both
-# of independent vectors and of the sentences with the random weights above, for heads of several sizes.
+# We call a softmax saturated if the trace of its derivative has fallen below a quarter of the largest value that it
+# can have, $1 - 1 / S$. Whether that happens is a matter of $H$ and of how large queries and keys are, so the check
+# asks both of independent vectors and of the sentences with the random weights above, for heads of several sizes.
 
 # %%
 saturated_below = (1 - 1 / S) / 4
@@ -270,7 +276,7 @@ unscaled, scaled = softmax_numbers(steps.scores), softmax_numbers(steps.scaled_s
 verdict(
     f"in the long sentence, H = {D}, unscaled scores saturate the softmax",
     unscaled[3] < saturated_below,
-    f"Trace {unscaled[3]:.3f} unscaled, {scaled[3]:.3f} scaled. (These scores have a variance of {unscaled[0]:.0f}, more "
+    f"Trace {unscaled[3]:.3f} unscaled, {scaled[3]:.3f} scaled. (The variance of these scores is {unscaled[0]:.0f}, more "
     f"than H, because embedding and position add up to vectors longer than sqrt(D).)",
 )
 
@@ -303,7 +309,7 @@ inside = (whole >= v.min(0) - rounding * jnp.abs(v).max()) & (whole <= v.max(0) 
 verdict(
     "no coordinate of an output leaves the range of the values",
     bool(inside.all()),
-    f"{inside.size} coordinates; the norm of an output is {float(jnp.linalg.norm(whole, axis=-1).mean()):.1f} on average, "
+    f"{inside.size} coordinates; the mean norm of an output is {float(jnp.linalg.norm(whole, axis=-1).mean()):.1f}, "
     f"that of a value {float(jnp.linalg.norm(v, axis=-1).mean()):.1f}: a mean of unrelated vectors is short.",
 )
 
@@ -327,8 +333,8 @@ plt.show()
 #
 # One head gives each word one distribution. Several heads cut queries, keys and values into pieces of $H = D / N$
 # coordinates and attend in each piece apart, so that a word can look at several places for several reasons. Below are
-# 8 heads of 12 coordinates and 12 heads of 8. With random weights no head has a reason: the word that "it" looks at most
-# is a matter of the draw.
+# 8 heads of 12 coordinates and 12 heads of 8. With random weights no head has a reason: the word that "it" looks at
+# most is a matter of the draw.
 
 
 # %%
@@ -361,23 +367,37 @@ for N in (8, 12):
 #
 # When does a model need to know what "it" stands for? When it translates into a language whose pronouns have a gender.
 # German is one: *der Hund*, *die Pizza*, *das Baby*; and "it" as an object is *ihn*, *sie* or *es*. Articles need the
-# gender of the noun that follows them, "are" needs its subject, and the first word of "let's go", *gehen wir*, needs the
-# second.
+# gender of the noun that follows them, "are" needs its subject, and the first word of "let's go", *gehen wir*, needs
+# the second.
 #
-# So the model reads an English sentence and says one German word for each English word. All sentences are made here, by
-# a grammar in which the verb decides what "it" is (one can eat the food and hug the animal, not the other way round),
-# while the order of the two nouns and the subject decide nothing.
+# So the model reads an English sentence and says one German word for each English word. All sentences are made here,
+# by a grammar in which the verb decides what "it" is (one can eat the food and hug the animal, not the other way
+# round), while the order of the two nouns and the subject decide nothing.
 
 # %%
 BEINGS = {"dog": "Hund m", "cat": "Katze f", "baby": "Baby n", "bird": "Vogel m", "mouse": "Maus f", "horse": "Pferd n"}
-FOODS = {"pizza": "Pizza f", "soup": "Suppe f", "bread": "Brot n", "fruit": "Obst n", "cake": "Kuchen m", "rice": "Reis m"}
+FOODS = {
+    "pizza": "Pizza f",
+    "soup": "Suppe f",
+    "bread": "Brot n",
+    "fruit": "Obst n",
+    "cake": "Kuchen m",
+    "rice": "Reis m",
+}
 FOUND = {"found": "fand", "saw": "sah", "noticed": "bemerkte"}
 NEAR = {"next to": "direkt neben", "close to": "nahe bei"}
 TO_FOOD = {"ate": "verzehrte", "tasted": "probierte", "finished": "leerte"}
 TO_BEING = {"hugged": "umarmte", "kissed": "liebkoste", "woke": "weckte"}
 SUBJECT, OBJECT = {"m": "der", "f": "die", "n": "das"}, {"m": "den", "f": "die", "n": "das"}
 BESIDE, PRONOUN = {"m": "dem", "f": "der", "n": "dem"}, {"m": "ihn", "f": "sie", "n": "es"}
-HELD_OUT = {("baby", "pizza"), ("dog", "soup"), ("cat", "bread"), ("bird", "fruit"), ("mouse", "cake"), ("horse", "rice")}
+HELD_OUT = {
+    ("baby", "pizza"),
+    ("dog", "soup"),
+    ("cat", "bread"),
+    ("bird", "fruit"),
+    ("mouse", "cake"),
+    ("horse", "rice"),
+}
 
 
 def story(subject, being, food, food_first, found, near, verb):
@@ -408,7 +428,9 @@ short = [(f"{en} {good}", f"{de} {gut}") for (en, de), (good, gut) in itertools.
 short += [(f"let's {go}", f"{gehen} wir") for go, gehen in GO.items()]
 seen, unseen = stories(held_out=False), stories(held_out=True)
 
-print(f"{len(seen)} stories to learn from, {len(unseen)} with pairs of nouns that are never seen together; {len(short)} short")
+print(
+    f"{len(seen)} stories to learn from, {len(unseen)} held out, whose pairs of nouns are in none of them; {len(short)} short"
+)
 for english, german in (short[0], short[-4], *(x[:2] for x in unseen if x[0] == " ".join(words))):
     print(f"    {english}\n    {german}")
 
@@ -469,9 +491,9 @@ stories_seen, stories_unseen, short_ones = examples(seen), examples(unseen), exa
 places = np.array([pair[2:] for pair in unseen])  # of the referent and of the other noun
 
 # %% [markdown]
-# Training: 112 stories and 16 short sentences a step, Adam. The seed draws weights and batches; the scale is an argument,
-# so that the model can be trained with $1 / \sqrt{H}$ and with 1 by the same program. `train` returns the weights before
-# and after.
+# Training: 112 stories and 16 short sentences a step, Adam. The seed draws weights and batches; the scale is an
+# argument, so that the model can be trained with $1 / \sqrt{H}$ and with 1 by the same program. `train` returns the
+# weights before and after.
 
 
 # %%
@@ -549,8 +571,8 @@ verdict(
 # %% [markdown]
 # ## What the heads have learned
 #
-# First the short sentences, averaged over the 8 heads of each layer, before and after training. To translate "am" nothing
-# but the word itself is needed, and for *gehen wir* "let's" has to see "go".
+# First the short sentences, averaged over the 8 heads of each layer, before and after training. To translate "am"
+# nothing but the word itself is needed, and for *gehen wir* "let's" has to see "go".
 
 # %%
 SHOWN = (8, "scaled")
@@ -595,7 +617,11 @@ for kind in ((8, "scaled"), (12, "scaled")):
         "it: other noun": it[:, rows, :, others].mean(0),
         "it: verb": it[..., -2].mean(1),
     }
-    print(f"{kind[0]} heads; evenly spread weights would be {1 / S:.2f}\n" + " " * 15 + "".join(f"{c:>16}" for c in columns))
+    print(
+        f"{kind[0]} heads; evenly spread weights would be {1 / S:.2f}\n"
+        + " " * 15
+        + "".join(f"{c:>16}" for c in columns)
+    )
     for layer, head in np.ndindex(LAYERS, kind[0]):
         numbers_of_head = "".join(f"{table[layer, head]:16.2f}" for table in columns.values())
         print(f"layer {layer} head {head:2}{numbers_of_head}")
@@ -606,7 +632,8 @@ for kind in ((8, "scaled"), (12, "scaled")):
 # Three questions that are easily taken for one:
 #
 # - Where does "it" look? The weights of "it", averaged over all heads and layers, and those of its best head.
-# - Is that a matter of what "it" means? If "hugged" takes the place of "ate", "it" is the baby, and the weight should move.
+# - Is that a matter of what "it" means? If "hugged" takes the place of "ate", "it" is the baby, and the weight should
+#   move.
 # - Does the answer depend on it? We hide one word at a time from "it" (a `mask`, in both layers) and see how much
 #   log-probability the right pronoun loses. A weight shows where a head looks; only this shows what it is good for.
 
@@ -634,7 +661,9 @@ def tops(rows):
 figure, grid = plt.subplots(2, 2, figsize=(11, 6), sharex=True)
 for column, kind in enumerate(((8, "scaled"), (12, "scaled"))):
     untrained = [claim_two(kind, before)[0].mean((0, 1)) for before, _, _ in models[kind]]
-    ate, hugged, cost = (np.array(x) for x in zip(*(claim_two(kind, after) for _, after, _ in models[kind]), strict=True))
+    ate, hugged, cost = (
+        np.array(x) for x in zip(*(claim_two(kind, after) for _, after, _ in models[kind]), strict=True)
+    )
     means = {"untrained": np.array(untrained), "ate": ate.mean((1, 2)), "hugged": hugged.mean((1, 2))}
     for index, (name, numbers_of_it) in enumerate(means.items()):
         error = numbers_of_it.mean(0) - numbers_of_it.min(0), numbers_of_it.max(0) - numbers_of_it.mean(0)
@@ -656,7 +685,7 @@ for column, kind in enumerate(((8, "scaled"), (12, "scaled"))):
     )
     verdict(
         f'{kind[0]} heads, trained: of all words, "it" gives the pizza the largest mean weight, in every seed',
-        tops(means['ate']) == ["pizza"] * SEEDS,
+        tops(means["ate"]) == ["pizza"] * SEEDS,
         f"Largest: {listed(tops(means['ate']))}; the pizza has {listed(means['ate'][:, PIZZA])}, "
         f"the baby {listed(means['ate'][:, BABY])}.",
     )
@@ -668,7 +697,7 @@ for column, kind in enumerate(((8, "scaled"), (12, "scaled"))):
     )
     verdict(
         f'{kind[0]} heads, trained: "hugged" moves the weight of "it" from the pizza to the baby, in every seed',
-        bool((means['hugged'][:, BABY] > means['hugged'][:, PIZZA]).all()),
+        bool((means["hugged"][:, BABY] > means["hugged"][:, PIZZA]).all()),
         f"The pizza falls to {listed(means['hugged'][:, PIZZA])}, the baby rises to "
         f"{listed(means['hugged'][:, BABY])}.",
     )
@@ -691,7 +720,7 @@ for kind in ((8, "scaled"), (12, "scaled")):
         shares.append(float((mass > other).mean()))
         masses.append((float(mass.mean()), float(other.mean())))
     verdict(
-        f'{kind[0]} heads, trained: "it" gives its referent more weight than the other noun in 90% of {len(it)} stories',
+        f'{kind[0]} heads, trained: "it" weighs its referent more than the other noun in 90% of {len(it)} stories',
         min(shares) > 0.9,
         f"Shares: {listed(shares)}; mean weights of referent and other noun "
         f"{'; '.join(f'{a:.2f} and {b:.2f}' for a, b in masses)}.",
@@ -728,6 +757,5 @@ scaled, unscaled = (scores_of[8, name][:, 1] for name in ("scaled", "unscaled"))
 verdict(
     "trained without the scale, the model says fewer right pronouns, in every seed",
     bool((unscaled < scaled).all()),
-    f"Share of right pronouns {listed(unscaled)} without, {listed(scaled)} "
-    "with it.",
+    f"Share of right pronouns {listed(unscaled)} without, {listed(scaled)} with it.",
 )
