@@ -276,7 +276,7 @@ unscaled, scaled = softmax_numbers(steps.scores), softmax_numbers(steps.scaled_s
 verdict(
     f"in the long sentence, H = {D}, unscaled scores saturate the softmax",
     unscaled[3] < saturated_below,
-    f"Trace {unscaled[3]:.3f} unscaled, {scaled[3]:.3f} scaled. (The variance of these scores is {unscaled[0]:.0f}, more "
+    f"Trace {unscaled[3]:.3f} unscaled, {scaled[3]:.3f} scaled. (These scores have variance {unscaled[0]:.0f}, more "
     f"than H, because embedding and position add up to vectors longer than sqrt(D).)",
 )
 
@@ -428,9 +428,7 @@ short = [(f"{en} {good}", f"{de} {gut}") for (en, de), (good, gut) in itertools.
 short += [(f"let's {go}", f"{gehen} wir") for go, gehen in GO.items()]
 seen, unseen = stories(held_out=False), stories(held_out=True)
 
-print(
-    f"{len(seen)} stories to learn from, {len(unseen)} held out, whose pairs of nouns are in none of them; {len(short)} short"
-)
+print(f"{len(seen)} stories to learn from, {len(unseen)} held out (their pairs of nouns are new); {len(short)} short")
 for english, german in (short[0], short[-4], *(x[:2] for x in unseen if x[0] == " ".join(words))):
     print(f"    {english}\n    {german}")
 
