@@ -119,7 +119,7 @@ for row, sentence in zip(grid, SENTENCES, strict=True):
     words, x = words_of(sentence), embedded(sentence)
     steps = attention.attention_steps(*projected(x, weights))
     shown = [
-        ("embeddings alone: $X X^\\top$", x @ x.T, None),
+        ("embeddings and positions: $X X^\\top$", x @ x.T, None),
         ("scores: $Q K^\\top$", steps.scores[0], None),
         ("scaled: $Q K^\\top / \\sqrt{H}$", steps.scaled_scores[0], None),
         ("weights: softmax of each row", steps.weights[0], (0, 1)),
@@ -314,9 +314,9 @@ verdict(
 )
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.4), width_ratios=[1, 2])
-left.barh(words, steps.weights[0, -1], color=BLUE)
+left.barh(range(len(words)), steps.weights[0, -1], color=BLUE)
 left.invert_yaxis()
-left.set_yticks(range(len(words)), [f"{i}: {word}" for i, word in enumerate(words)])
+left.set_yticks(range(len(words)), words)
 left.set(title='weights of "it" (untrained)', xlabel="weight")
 contributions = steps.weights[0, -1][:, None] * v[:, 0]
 size = float(jnp.abs(contributions).max())
@@ -441,7 +441,7 @@ for english, german in (short[0], short[-4], *(x[:2] for x in unseen if x[0] == 
 # `key_value_seq_lengths` says how long each really is.
 
 # %%
-LENGTH, LAYERS, STEPS, SEEDS = len(words), 2, 250, 3
+LENGTH, LAYERS, STEPS, SEEDS = len(words), 2, 150, 3
 ENGLISH = ["", *sorted({word for english, *_ in seen + short for word in english.split()})]
 GERMAN = ["", *sorted({word for _, german, *_ in seen + short for word in german.split()})]
 
@@ -489,7 +489,7 @@ stories_seen, stories_unseen, short_ones = examples(seen), examples(unseen), exa
 places = np.array([pair[2:] for pair in unseen])  # of the referent and of the other noun
 
 # %% [markdown]
-# Training: 112 stories and 16 short sentences a step, Adam. The seed draws weights and batches; the scale is an
+# Training: 56 stories and 8 short sentences a step, Adam. The seed draws weights and batches; the scale is an
 # argument, so that the model can be trained with $1 / \sqrt{H}$ and with 1 by the same program. `train` returns the
 # weights before and after.
 
@@ -511,7 +511,7 @@ def train(seed, scale, *, num_heads):
     def step(state, rng):
         parameters, memory = state
         batch = []
-        for pool, count, key in zip((stories_seen, short_ones), (112, 16), jax.random.split(rng), strict=True):
+        for pool, count, key in zip((stories_seen, short_ones), (56, 8), jax.random.split(rng), strict=True):
             rows = jax.random.randint(key, (count,), 0, len(pool[0]))
             batch.append([part[rows] for part in pool])
         tokens, targets = (jnp.concatenate(parts) for parts in zip(*batch, strict=True))
@@ -670,8 +670,8 @@ for column, kind in enumerate(((8, "scaled"), (12, "scaled"))):
     error = cost.mean(0) - cost.min(0), cost.max(0) - cost.mean(0)
     grid[1, column].bar(range(S), cost.mean(0), yerr=error, color=GREEN)
     grid[0, column].axhline(1 / S, color="black", linewidth=0.6, linestyle=":")
-    grid[0, column].set_title(f'{kind[0]} heads: weight of "it" on each word, mean over heads (range of {SEEDS} seeds)')
-    grid[1, column].set_title('log-probability lost when the word is hidden from "it" (nats)')
+    grid[0, column].set_title(f'{kind[0]} heads: mean weight of "it" on each word ({SEEDS} seeds)')
+    grid[1, column].set_title('log-probability lost if "it" cannot see the word (nats)')
     grid[1, column].set_xticks(range(S), words, rotation=90)
     grid[0, column].legend()
 
