@@ -28,7 +28,7 @@ def texts() -> list[Path]:
 def unexecuted(text: Path) -> NotebookNode:
     """The notebook that a text is, without outputs; the same text gives the same notebook."""
     notebook = jupytext.read(text)
-    notebook.metadata = {"kernelspec": dict(notebook.metadata["kernelspec"]), "language_info": {"name": "python"}}
+    notebook.metadata = _metadata(notebook)
     for number, cell in enumerate(notebook.cells):
         cell["id"], cell["metadata"] = f"cell-{number}", {}
     return notebook
@@ -47,10 +47,17 @@ def executed(text: Path) -> NotebookNode:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
     client = NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name="python3", record_timing=False)
     client.execute(cwd=str(ROOT), env=environment)
+    notebook.metadata = _metadata(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
+
+
+def _metadata(notebook: NotebookNode) -> NotebookNode:
+    """The kernel's name alone: versions of the interpreter belong to the machine."""
+    kernel = dict(notebook.metadata["kernelspec"])
+    return nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
 def main() -> None:
