@@ -344,7 +344,7 @@ def with_heads(x, num_heads):
 
 
 def show_heads(weights, words, title, names=None):
-    """One panel a head; under it the word at which the last word of the sentence looks most, and with what weight."""
+    """One panel a head; over it the word at which the last word of the sentence looks most, and with what weight."""
     columns = len(weights) // 2
     figure, grid = plt.subplots(2, columns, figsize=(1.95 * columns + 0.6, 5.4), sharex=True, sharey=True)
     for head, axes in enumerate(grid.ravel()):
@@ -441,7 +441,7 @@ for english, german in (short[0], short[-4], *(x[:2] for x in unseen if x[0] == 
 # `key_value_seq_lengths` says how long each really is.
 
 # %%
-LENGTH, LAYERS, STEPS, SEEDS = len(words), 2, 150, 3
+LENGTH, LAYERS, STEPS, SEEDS = len(words), 2, 250, 3
 ENGLISH = ["", *sorted({word for english, *_ in seen + short for word in english.split()})]
 GERMAN = ["", *sorted({word for _, german, *_ in seen + short for word in german.split()})]
 
