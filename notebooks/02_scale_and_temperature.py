@@ -145,14 +145,14 @@ lines = {
 }
 figure, grid = plt.subplots(1, 5, figsize=(16, 3.2))
 for axes, (name, numbers) in zip(grid, lines.items(), strict=True):
-    drawn(axes, TEMPERATURES, by_seed(numbers), theory[name], "measured")
+    label = "root of the mean square" if axes is grid[4] else "measured"
+    drawn(axes, TEMPERATURES, by_seed(numbers), theory[name], label)
     axes.set_xscale("log", base=2)
     axes.set(title=name, xlabel="temperature")
 grid[1].set_yscale("log")
 grid[4].set_yscale("log")
 grid[0].plot([], [], color=COLOURS[0], linewidth=1.2, label="theory")
 drawn(grid[4], TEMPERATURES, by_seed(jnp.median(gradients, axis=0)), None, "median of the rows", COLOURS[1], "s")
-grid[4].plot([], [], color=COLOURS[0], marker="o", markersize=4, label="root of mean square")
 grid[0].legend(fontsize=8)
 grid[4].legend(fontsize=8)
 plt.show()
