@@ -45,7 +45,9 @@ def executed(text: Path) -> NotebookNode:
     notebook = unexecuted(text)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
-    client = NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name="python3", record_timing=False)
+    # On a busy machine a kernel starts late and its outputs come late: they must not be given up in silence.
+    patience = {"startup_timeout": SECONDS_A_CELL, "iopub_timeout": SECONDS_A_CELL, "raise_on_iopub_timeout": True}
+    client = NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name="python3", record_timing=False, **patience)
     client.execute(cwd=str(ROOT), env=environment)
     notebook.metadata = _metadata(notebook)
     for cell in notebook.cells:
