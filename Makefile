@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: quickstart test campaign lint docs lock clean
+.PHONY: quickstart test campaign lint docs notebooks lock clean
 
 quickstart: $(READY)  ## train the quickstart sweep and write its report
 	$(BIN)/python -m experiments.sweep quickstart
@@ -21,6 +21,9 @@ lint: $(READY)  ## style, format and types
 
 docs: $(READY)  ## the tables that are made from the registry
 	$(BIN)/python -m experiments.tables
+
+notebooks: $(READY)  ## execute the notebooks and keep their outputs
+	$(BIN)/python -m experiments.notebooks
 
 lock:  ## renew requirements.lock; needs uv
 	uv pip compile pyproject.toml --universal --generate-hashes --no-annotate --no-header \
