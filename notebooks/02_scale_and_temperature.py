@@ -584,7 +584,7 @@ for name, (errors, bounds) in results.items():
 #   $y = k \sqrt{\beta}$, $|x + y|^2$ is about $2 \sqrt{H} / T$: the features needed grow as $e^{1 / T}$.
 
 # %%
-TOP, FEATURES = attention.TopK(k=16), attention.Performer(features=256, orthogonal=False)
+TOP, FEATURES = attention.TopK(k=16), attention.Performer(features=256, coupling="iid")
 
 
 @jax.jit
