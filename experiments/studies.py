@@ -15,12 +15,23 @@ from rich.console import Console
 import configs.studies
 from attention.method import unknown
 from experiments.campaign import execute, make_plan
+from experiments.config import Data, Model, Optimizer, Run
 from experiments.points import planned, to_dict_of
 from experiments.presets import Sweep
 from experiments.progress import View
 from experiments.report import write_report
 from experiments.summary import Results, grouped
 from experiments.train import train
+
+SMALL = Run(
+    steps=8,
+    evaluate_every=4,
+    evaluate_batches=1,
+    model=Model(layers=1, width=16, heads=2, kv_heads=2, mlp_width=16, context=16),
+    data=Data(batch=4),
+    optimizer=Optimizer(warmup_steps=2),
+)
+"""A run of less than a second, for the small forms."""
 
 Row = dict[str, Any]
 """`axes`, what was measured and where; `seed`; and `numbers`, by name, None where there is none (a run diverged)."""
@@ -45,9 +56,10 @@ class Work:
         sweep, found = self._planned(), []
         for point in planned(sweep.base, sweep.axes):
             folder = sweep.base.folder / sweep.base.name
-            run = dataclasses.replace(point.run, name=point.id, folder=folder, checkpoint_every=point.run.steps)
+            name = point.id.replace("=", "_")  # as names of runs must be
+            run = dataclasses.replace(point.run, name=name, folder=folder, checkpoint_every=point.run.steps)
             train(run, view=_Quiet)
-            found.append((to_dict_of(point.axes), folder / point.id))
+            found.append((to_dict_of(point.axes), folder / name))
         return found
 
     def _planned(self) -> Sweep:
@@ -109,14 +121,9 @@ def summarised(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def _spread(name: str, group: list[Row]) -> dict[str, float | None]:
-    numbers = [row["numbers"][name] for row in group]
-    if any(number is None or not math.isfinite(number) for number in numbers):
+def _spread(numbers: list[float | None]) -> dict[str, float | None]:
+    known = [number for number in numbers if number is not None and math.isfinite(number)]
+    if len(known) < len(numbers):
         return dict.fromkeys(("mean", "low", "high", "deviation"))
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-    return {
-        "mean": math.fsum(numbers) / len(numbers),
-        "low": min(numbers),
-        "high": max(numbers),
-        "deviation": deviation,
-    }
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return {"mean": math.fsum(known) / len(known), "low": min(known), "high": max(known), "deviation": deviation}

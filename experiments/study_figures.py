@@ -62,7 +62,7 @@ def keys_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
 def heat_maps(
     summary: Summary, panel: str, down: str, across: str, number: str, label: str, shown: Callable[[Any], str] = str
 ) -> Figure:
-    """The mean of a number on two axes, a panel for each value of the axis `panel`; the spread of the seeds below it."""
+    """The mean of a number on two axes, a panel for each value of the axis `panel`; below it the spread over seeds."""
     means = [row["numbers"][number]["mean"] for row in summary if row["numbers"][number]["mean"] is not None]
     colours = ScalarMappable(Normalize(min(means), max(means)), mpl.colormaps["cividis"])
     figure, grid = panels(len(values(summary, panel)), width=3.6, height=3.3)
@@ -104,3 +104,15 @@ def intervals(axes: Axes, summary: Summary, down: str, number: str) -> None:
     axes.set_yticks(range(len(names)), [wrapped(str(name)) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.25, color="#888888")
+
+
+def best(summary: Summary, axis: str, number: str) -> list[dict[str, Any]]:
+    """For each value of the other axes the row where the mean of a number is highest, without the axis."""
+    found: dict[Any, dict[str, Any]] = {}
+    for row in summary:
+        others = {name: value for name, value in row["axes"].items() if name != axis}
+        kept = found.setdefault(tuple(others.items()), row | {"axes": others})
+        mean, highest = row["numbers"][number]["mean"], kept["numbers"][number]["mean"]
+        if mean is not None and (highest is None or mean > highest):
+            kept |= {"numbers": row["numbers"]}
+    return list(found.values())

@@ -22,7 +22,7 @@ from experiments.axes import Axes, axis, product
 from experiments.config import Data, Model, Optimizer, Run
 from experiments.drawing import panels
 from experiments.presets import Sweep
-from experiments.studies import Row, Study, Work
+from experiments.studies import SMALL, Row, Study, Work
 from experiments.study_figures import Summary, curves, intervals, keys_below, powers
 from experiments.summary import final, grouped
 
@@ -58,8 +58,8 @@ def _rule(point) -> str:
 
 
 def figure(summary: Summary) -> Figure:
-    """Left: loss held out after training over the peak learning rate, at most that of the untrained model; means, with \
-bands over all seeds. Right: its mean over the learning rates above its lowest; bars span the seeds."""
+    """Left: loss held out after training over the peak learning rate, at most that of the untrained model; means, \
+with bands over all seeds. Right: its mean over the learning rates above its lowest; bars span the seeds."""
     drawing, (left, right) = panels(2, width=5.2, height=4)
     by_rate = [row for row in summary if "learning rate" in row["axes"]]
     curves(left, by_rate, "learning rate", "loss", "rule")
@@ -84,13 +84,5 @@ _BASE = Run(
     data=Data(batch=8),
     optimizer=Optimizer(warmup_steps=20),
 )
-_SMALL = Run(
-    steps=8,
-    evaluate_every=8,
-    evaluate_batches=1,
-    model=Model(layers=1, width=16, heads=2, kv_heads=2, mlp_width=16, context=16),
-    data=Data(batch=4),
-    optimizer=Optimizer(warmup_steps=2),
-)
 study = _study(_BASE, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1], seeds=3)
-smoke = _study(_SMALL, [1e-3, 1e-1], seeds=2, rules=Axes(RULES.points[-3:]))
+smoke = _study(SMALL, [1e-3, 1e-1], seeds=2, rules=Axes(RULES.points[-3:]))
