@@ -42,11 +42,14 @@ class Work:
     """What a study measures with: its axes, and where they are trained."""
 
     sweep: Sweep | None
-    about: dict[str, str]
+    preset: str
+    description: str
+    command: str
 
     def swept(self) -> Results:
         """Trains all points as a sweep, which also writes its own report, and returns their curves."""
-        plan = make_plan(self._planned(), **self.about)
+        sweep = self._planned()
+        plan = make_plan(sweep, preset=self.preset, description=self.description, command=self.command)
         results = execute(plan, Console(stderr=True))
         write_report(plan.folder, results)
         return results
@@ -64,7 +67,7 @@ class Work:
 
     def _planned(self) -> Sweep:
         if self.sweep is None:
-            raise ValueError(f"study {self.about['preset']!r} has no sweep: it trains nothing")
+            raise ValueError(f"study {self.preset!r} has no sweep: it trains nothing")
         return self.sweep
 
 
@@ -115,7 +118,7 @@ def summarised(rows: Iterable[Row]) -> list[Row]:
         {
             "axes": dict(axes),
             "seeds": len(group),
-            "numbers": {name: _spread(name, group) for name in group[0]["numbers"]},
+            "numbers": {name: _spread([row["numbers"][name] for row in group]) for name in group[0]["numbers"]},
         }
         for axes, group in groups.items()
     ]

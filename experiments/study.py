@@ -54,7 +54,7 @@ def run_study(options: Options) -> Path:
     sweep = study.sweep
     if sweep is not None:
         sweep = Sweep(base=dataclasses.replace(sweep.base, name=name, folder=options.folder), axes=sweep.axes)
-    rows = study.measure(Work(sweep=sweep, about={"preset": name, "description": description, "command": command}))
+    rows = study.measure(Work(sweep=sweep, preset=name, description=description, command=command))
     out = options.out or options.folder / name / "study"
     out.mkdir(parents=True, exist_ok=True)
     record = {"study": options.name, "smoke": options.smoke, "command": command, **_conditions(sweep)}

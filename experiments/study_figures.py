@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullLocator
 
 from experiments.drawing import INK, legible, look, panels, power, wrapped
 
@@ -49,7 +51,7 @@ def powers(axes: Axes, places: Iterable[float], label: str) -> None:
     ticks = sorted(set(places))
     axes.set_xscale("log")
     axes.set_xticks(ticks, [power(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
 
 
@@ -85,8 +87,8 @@ def _cell(axes: Axes, row: dict[str, Any], down: int, across: int, number: str, 
     mean = math.nan if found["mean"] is None else found["mean"]
     text, ink = "diverged", INK
     if not math.isnan(mean):
-        paper = colours.to_rgba(mean)
-        axes.add_patch(mpl.patches.Rectangle((across, down), 1, 1, facecolor=paper, edgecolor=paper))
+        paper = colours.to_rgba(np.asarray(mean))
+        axes.add_patch(Rectangle((across, down), 1, 1, facecolor=paper, edgecolor=paper))
         spread = f"\n±{found['deviation']:.2f}" if row["seeds"] > 1 else ""
         text, ink = f"{mean:.2f}{spread}", legible(paper)
     axes.text(across + 0.5, down + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
