@@ -77,11 +77,11 @@ def _study(base: Run, sizes: Axes, tempered: Axes, rates: list[float], seeds: in
     return Study(sweep=Sweep(base=base, axes=Axes(parts)), measure=measure, figure=figure)
 
 
-def _sizes(methods: list[attention.Method], widths: list[int], pairs: list[int]) -> Axes:
+def _sizes(methods: tuple[attention.Method, ...], widths: list[int], pairs: list[int]) -> Axes:
     return product(axis("attention", methods), axis("model.width", widths), axis("data.pairs", pairs))
 
 
-METHODS = [attention.Exact(), attention.Performer(features=32)]
+METHODS: tuple[attention.Method, ...] = (attention.Exact(), attention.Performer(features=32))
 study = _study(
     Run(
         steps=1000,
