@@ -19,7 +19,6 @@ from experiments.config import Data, Model, Optimizer, Run
 from experiments.points import planned, to_dict_of
 from experiments.presets import Sweep
 from experiments.progress import View
-from experiments.report import write_report
 from experiments.summary import Results, grouped
 from experiments.train import train
 
@@ -47,12 +46,10 @@ class Work:
     command: str
 
     def swept(self) -> Results:
-        """Trains all points as a sweep, which also writes its own report, and returns their curves."""
+        """Trains all points as a sweep and returns their curves; `experiments.report` draws them, too."""
         sweep = self._planned()
         plan = make_plan(sweep, preset=self.preset, description=self.description, command=self.command)
-        results = execute(plan, Console(stderr=True))
-        write_report(plan.folder, results)
-        return results
+        return execute(plan, Console(stderr=True))
 
     def trained(self) -> list[tuple[dict[str, Any], Path]]:
         """Trains each point as a run of its own, with a checkpoint, and returns its axes and its folder."""

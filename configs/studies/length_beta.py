@@ -2,14 +2,14 @@
 
     python -m experiments.study length_beta
 
-Two parts. Without training: n - 1 logits of -2 and one of 3, n = 10 to 100,000; the largest weight of softmax, and of
-SSMax, which multiplies the logits by 0.43 ln n. With training: a model of 2 layers learns induction (what followed the
-marker?) in sequences of 32 tokens, three seeds each with the scale 1/sqrt(H) and with SSMax, and answers in sequences
-of 16 to 16,384. The plain one does so as it was trained, at a half and a quarter of its temperature, and at an adaptive
-temperature.
+Axes, without training: n - 1 logits of -2 and one of 3, n = 10 to 100,000; softmax, and SSMax, which multiplies the
+logits by 0.43 ln n. With training: a model of 2 layers learns induction (what followed the marker?) in sequences of 32
+tokens, three seeds each with the scale 1/sqrt(H) and with SSMax, and answers in sequences of 16 to 16,384. The plain
+one does so as it was trained, at a half and a quarter of its temperature, and at an adaptive temperature.
 
-Metric: the share of right answers, the loss of the answer, and the largest weight of the query that answers, in the
-last layer and the head where it is largest. Lengths have 64 sequences up to 1,024 tokens, 16 of 4,096 and 4 of 16,384.
+Metric: the largest weight; of the models the share of right answers, the loss of the answer, and the largest weight of
+the query that answers, in the last layer and the head where it is largest. There are 64 sequences of each length up to
+1,024 tokens, 16 of 4,096 and 4 of 16,384.
 
 It takes about 8 minutes on 2 CPU cores.
 

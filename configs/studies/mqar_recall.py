@@ -1,8 +1,8 @@
-"""Which methods recall at which width: multi-query associative recall.
+"""Which methods recall what they have read, at which width?
 
     python -m experiments.study mqar_recall
 
-Axes: exact attention and Performer with 32 features, in every layer, times widths 16, 32 and 64 with two heads, times 4
+Axes, in multi-query associative recall: exact attention and Performer with 32 features, in every layer, times widths 16, 32 and 64 with two heads, times 4
 and 8 pairs in 32 tokens, times two learning rates, times three seeds; and at width 32 with 4 pairs the temperatures 1/2
 and 2 beside 1. 96 runs of 1,000 steps, in 12 compiled programs.
 
@@ -97,7 +97,7 @@ study = _study(
     seeds=3,
 )
 smoke = _study(
-    dataclasses.replace(SMALL, data=Data(task="mqar", symbols=4, batch=4)),
+    dataclasses.replace(SMALL, data=Data(task="mqar", symbols=4, pairs=2, batch=4)),
     sizes=_sizes(METHODS[:1], [16], [2]),
     tempered=product(_sizes(METHODS[:1], [16], [2]), temperature=[2.0]),
     rates=[1e-3, 1e-2],
