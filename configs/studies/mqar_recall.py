@@ -2,9 +2,9 @@
 
     python -m experiments.study mqar_recall
 
-Axes, in multi-query associative recall: exact attention and Performer with 32 features, in every layer, times widths 16,
-32 and 64 with two heads, times 4 and 8 pairs in 32 tokens, times two learning rates, times three seeds; and at width 32
-with 4 pairs the temperatures 1/2 and 2 beside 1. 96 runs of 1,000 steps, in 12 compiled programs.
+Axes, in multi-query associative recall: exact attention and Performer with 32 features, in every layer, times widths
+16, 32 and 64 with two heads, times 4 and 8 pairs in 32 tokens, times two learning rates, times three seeds; and at
+width 32 with 4 pairs the temperatures 1/2 and 2 beside 1. 96 runs of 1,000 steps, in 12 compiled programs.
 
 Metric: the share of the questions answered right, at the learning rate whose mean over seeds is highest; the loss.
 Guessing among the values of a sequence is right 1/4 or 1/8 of the time.
