@@ -16,6 +16,14 @@ Expected: sinks appear at position 0 after enough optimisation on enough data, w
 models from 60 million parameters on (Gu et al., arXiv 2410.10781, sections 3 and 4); a sigmoid gate after attention
 lowers the mean weight on the first token from 46.7% to 4.8% (Qiu et al., arXiv 2505.06708, section 4.3). At the size
 here a null result is likely.
+
+Found (docs/results/sinks, 3 seeds): a null result. The mean weight on position 0 falls from 0.075 before training to
+0.045 to 0.047 after it, below that of weights all alike, at each of the three temperatures; the head with the most has
+0.071 to 0.080, about as much as weights all alike. A gate does not lower the mean: it is 0.050 to 0.052, at temperature
+1 above every seed without a gate. It does lower the loss, by 0.01 nats at temperature 1/2, 0.04 at 1 and 0.06 at 2,
+with deviations of 0.01 to 0.03 between seeds. Against the literature these models are 300 times smaller and have read
+0.2 million bytes, where those with sinks read billions of tokens: what a gate does to a sink cannot be told where there
+is none.
 """
 
 import math
@@ -72,8 +80,8 @@ heads, and the head with the most), by layer, and the loss. Means over seeds, wi
         powers(panel, values(last, "temperature"), "temperature of training")
         panel.set_title({"loss": "held-out loss (nats / byte)"}.get(number, f"{number}, after training"))
     for panel in grid[:3]:
-        level(panel, even, ":", UNIFORM)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.15 * max(panel.get_ylim()[1], even))
+        level(panel, even, ":", UNIFORM if panel is grid[0] else "")
     keys_below(drawing, grid[1])
     return drawing
 
