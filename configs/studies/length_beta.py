@@ -166,4 +166,4 @@ study = _study(
     tokens=2**16,
 )
 _TINY = dataclasses.replace(SMALL, data=Data(task="induction", symbols=4, batch=4))
-smoke = _study(_TINY, seeds=2, contexts=(8, 32), counts=(10, 100), tokens=64)
+smoke = _study(_TINY, seeds=2, contexts=(32,), counts=(10, 100), tokens=64)
