@@ -91,6 +91,12 @@ def level(axes: Axes, height: float, line: str, name: str) -> None:
     axes.text(1, height, name, va="bottom", ha="right", fontsize="small", transform=right, color=INK)
 
 
+def legible(paper: Any) -> str:
+    """The ink that can be read on a colour, given as red, green, blue and opacity from 0 to 1."""
+    red, green, blue, _ = paper
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#000000"
+
+
 def beta_colours(results: Results) -> tuple[Colormap, Normalize]:
     """Colours for log2 beta, without the ends of viridis, which vanish on dark and on white paper."""
     middle = mpl.colormaps["viridis"](np.linspace(0.15, 0.9, 128))

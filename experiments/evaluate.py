@@ -7,8 +7,10 @@ Exit codes: 0 finished, 2 a wrong option or input.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +25,11 @@ from rich.table import Table
 
 import attention
 from experiments.cli import exit_code
-from experiments.config import check_run, to_dict
+from experiments.config import Run, check_run, to_dict
 from experiments.data import validation_batches
 from experiments.drawing import drawn, look, panels, wrapped
 from experiments.files import write_bytes, write_json
+from experiments.points import static_part
 from experiments.runtime import compiler_options, enable_compilation_cache, environment
 from experiments.saved import Saved, load, load_run
 from experiments.steps import TrainState, levers, make_evaluate
@@ -92,15 +95,8 @@ def held_out(saved: Saved, context: int, count: int) -> list[dict[str, np.ndarra
 
 def at_temperatures(saved: Saved, batches: list[Any], temperatures: tuple[float, ...]) -> list[dict[str, np.ndarray]]:
     """Loss, and accuracy where there is one, of each batch, at multiples of the temperature."""
-    run = dataclasses.replace(saved.run, probes=())
-    numbers, whole = levers(run), make_evaluate(run)
+    numbers, compiled = levers(saved.run), _compiled(static_part(saved.run))
     state = TrainState(saved.parameters, saved.constants, None, jnp.int32(0))
-
-    def evaluate(state, batch, numbers):  # what is not returned is not computed
-        found = whole(state, batch, numbers)
-        return {name: found[name] for name in ("loss", "accuracy") if name in found}
-
-    compiled = jax.jit(evaluate, compiler_options=compiler_options())
     rows = []
     for factor in temperatures:
         if not factor > 0:
@@ -109,6 +105,18 @@ def at_temperatures(saved: Saved, batches: list[Any], temperatures: tuple[float,
         found = jax.device_get([compiled(state, batch, at) for batch in batches])
         rows.append({name: np.array([x[name] for x in found], np.float64) for name in found[0]})
     return rows
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(static: Run) -> Callable[..., dict[str, Any]]:
+    """The evaluation that all runs share which differ in traced fields alone."""
+    whole = make_evaluate(dataclasses.replace(static, probes=()))
+
+    def evaluate(state, batch, numbers):  # what is not returned is not computed
+        found = whole(state, batch, numbers)
+        return {name: found[name] for name in ("loss", "accuracy") if name in found}
+
+    return jax.jit(evaluate, compiler_options=compiler_options())
 
 
 def _described(numbers: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from experiments.drawing import COLUMNS, INK, beta_axis, beta_colours, level, look, panels, power, wrapped
+from experiments.drawing import COLUMNS, INK, beta_axis, beta_colours, legible, level, look, panels, power, wrapped
 from experiments.metrics import SHOWN
 from experiments.summary import Results, by_beta, cells, final, grouped, labels, measured, points_of, unit
 
@@ -45,20 +45,13 @@ def _heat_map(axes: Axes, losses: dict[tuple[float, float], Any], colours: Scala
     axes.invert_yaxis()
     for (row, column), number in np.ndenumerate(table):
         if (scales[row], temperatures[column]) in losses:
-            text, ink = (
-                ("diverged", INK) if math.isnan(number) else (f"{number:.3f}", _legible(colours.to_rgba(number)))
-            )
+            text, ink = ("diverged", INK) if math.isnan(number) else (f"{number:.3f}", legible(colours.to_rgba(number)))
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=9)
     axes.set_xticks(np.arange(len(temperatures)) + 0.5, [power(x) for x in temperatures])
     axes.set_yticks(np.arange(len(scales)) + 0.5, [power(x) for x in scales])
     axes.set_xlabel("temperature")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-
-
-def _legible(paper: Any) -> str:
-    red, green, blue, _ = paper
-    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#000000"
 
 
 def loss_over_beta(results: Results) -> Figure:

@@ -25,7 +25,7 @@ class Sweep:
 
 def preset_names() -> list[str]:
     """The modules in `configs/`."""
-    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__) if not module.ispkg)
 
 
 def load_preset(name: str) -> tuple[Sweep, str]:

@@ -51,29 +51,58 @@ def write_report(folder: Path, results: Results) -> Path:
 
 def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
     """The page as text, the figures inside it."""
+    rows = summary_rows(results, ALLOWANCE)
+    points = [point_row(results, point) for key in results["programs"] for point in points_of(results, key)]
+    return (
+        _templates()
+        .get_template("report.html.jinja")
+        .render(
+            results=results,
+            paragraphs=_paragraphs(results["description"] or ""),
+            folder=folder,
+            allowance=ALLOWANCE,
+            has_reference=any(row["gap"] for row in rows),
+            rows=[row | {"within": _range(row), "bits": row["best"] / math.log(2)} for row in rows],
+            figures=[_figure(name, svg) for name, svg in svgs.items()],
+            programs=[_program(results, key) for key in results["programs"]],
+            points=points,
+            is_text=unit(results) == "byte",
+            unit=unit(results),
+            has_accuracy=any(not math.isnan(point["accuracy"]) for point in points),
+            measured=measured(results),
+            shown=SHOWN,
+            facts=_facts(results),
+        )
+    )
+
+
+def study_page(record: dict[str, Any], description: str, svg: bytes, caption: str) -> str:
+    """The page of a study as text, its figure inside it."""
+    tables: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Any]] = {}
+    for row in record["summary"]:  # rows of different kinds have tables of their own
+        tables.setdefault((tuple(row["axes"]), tuple(row["numbers"])), []).append(row)
+    told = ("versions", "backend", "device", "cores", "corpus")
+    return (
+        _templates()
+        .get_template("study.html.jinja")
+        .render(
+            record=record,
+            paragraphs=_paragraphs(description),
+            svg=Markup(inlined(svg, record["study"], caption)),
+            caption=caption,
+            tables=[(*names, rows) for names, rows in tables.items()],
+            facts=_flat({name: record[name] for name in told if name in record}),
+        )
+    )
+
+
+def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"number": _number, "short": _short, "signed": _signed, "mebibytes": _mebibytes}
-    rows = summary_rows(results, ALLOWANCE)
-    points = [point_row(results, point) for key in results["programs"] for point in points_of(results, key)]
-    return environment.get_template("report.html.jinja").render(
-        results=results,
-        paragraphs=_paragraphs(results["description"] or ""),
-        folder=folder,
-        allowance=ALLOWANCE,
-        has_reference=any(row["gap"] for row in rows),
-        rows=[row | {"within": _range(row), "bits": row["best"] / math.log(2)} for row in rows],
-        figures=[_figure(name, svg) for name, svg in svgs.items()],
-        programs=[_program(results, key) for key in results["programs"]],
-        points=points,
-        is_text=unit(results) == "byte",
-        unit=unit(results),
-        has_accuracy=any(not math.isnan(point["accuracy"]) for point in points),
-        measured=measured(results),
-        shown=SHOWN,
-        facts=_facts(results),
-    )
+    environment.filters |= {"spread": _spread}
+    return environment
 
 
 def load_results(folder: Path) -> Results:
@@ -109,7 +138,10 @@ def _program(results: Results, key: str) -> dict[str, Any]:
 
 
 def _facts(results: Results) -> list[tuple[str, Any]]:
-    nested = {"corpus": results["corpus"], **results["environment"], "population": results["population"]}
+    return _flat({"corpus": results["corpus"], **results["environment"], "population": results["population"]})
+
+
+def _flat(nested: dict[str, Any]) -> list[tuple[str, Any]]:
     facts: list[tuple[str, Any]] = []
     for name, value in nested.items():
         facts += [(f"{name}: {key}", x) for key, x in value.items()] if isinstance(value, dict) else [(name, value)]
@@ -129,6 +161,10 @@ def _range(row: dict[str, Any]) -> str:
 
 def _number(number: float, digits: int = 3) -> str:
     return "" if math.isnan(number) else f"{number:.{digits}f}"
+
+
+def _spread(number: dict[str, float | None]) -> str:
+    return "" if number["mean"] is None else f"{number['mean']:.4g} ± {number['deviation']:.2g}"
 
 
 def _short(number: float) -> str:

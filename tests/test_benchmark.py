@@ -68,6 +68,7 @@ def test_certificates_are_measured(tmp_path, capsys):
     assert "coherent" in capsys.readouterr().out
 
 
+@pytest.mark.campaign
 def test_growth_and_crossover_of_linear_attention_are_measured(tmp_path, capsys):
     options = "--lengths 16 48 --features 4 8 --heads 1 --head-size 8 --rounds 1 --growth-from 1 --positions 5 9"
     benchmark.main(["linear", *options.split(), "--exact-up-to", "16", "--out", str(tmp_path / "linear")])

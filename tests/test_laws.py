@@ -1,38 +1,47 @@
 """Every registered method keeps every law that its capabilities bind it to.
 
-The laws that cost most are run in every suite once for each implementation of `attend`, and for every method in the
-campaign: methods that share an engine differ in their feature maps alone.
+The laws that cost most are run in every suite for one method a family, and for every method in the campaign.
 """
+
+import dataclasses
 
 import pytest
 
+from attention import Capabilities, Chunked, Exact, Performer, TopK
 from attention.method import METHODS
 from attention.testing import LAWS, laws_for
 
 EXAMPLES = [method for cls in METHODS.values() for method in cls.examples()]
+ALWAYS = (Exact, Chunked, Performer, TopK)  # which have all capabilities between them
 THOROUGH = {
-    "certificates_hold",
     "error_falls_with_the_budget",
+    "exact_limit_equals_the_oracle",
+    "exact_limit_has_the_oracles_gradients",
+    "exact_limit_holds_at_any_length",
     "gradients_equal_finite_differences",
     "low_precision_is_rounding",
+    "other_segments_room_does_not_exist",
     "padding_does_not_exist",
+    "padding_equals_truncation",
 }
 
 
 def cases():
     """One parameter for each method and law."""
-    seen = set()
+    always = [cls.examples()[0] for cls in ALWAYS]
     for method in EXAMPLES:
-        known = type(method).attend in seen
-        seen.add(type(method).attend)
         for name in laws_for(method):
             marks = [pytest.mark.xdist_group(repr(method))]
-            marks += [pytest.mark.campaign] if known and name in THOROUGH else []
+            marks += [pytest.mark.campaign] if name in THOROUGH and method not in always else []
             yield pytest.param(method, name, id=f"{method!r}-{name}", marks=marks)
 
 
-def test_thorough_laws_exist():
+def test_laws_that_wait_for_the_campaign_are_run_for_some_method():
     assert set(LAWS) >= THOROUGH
+    names = [field.name for field in dataclasses.fields(Capabilities)]
+    have = {name for cls in ALWAYS for name in names if getattr(cls.capabilities, name) not in (False, "none")}
+    asked = {name for method in EXAMPLES for name in names if getattr(method.capabilities, name) not in (False, "none")}
+    assert have >= asked
 
 
 @pytest.mark.parametrize(("method", "name"), cases())

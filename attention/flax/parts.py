@@ -56,7 +56,7 @@ class SpectralLinear(nnx.Linear):
         self.right[...], self.left[...] = right, _unit(kernel @ right)
 
 
-def by_token(function: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
+def by_token(function: Callable[[Array], Array], x) -> Float[Array, "B T O"]:
     """A function of matrices applied to all tokens of a batch as the rows of one matrix.
 
     The gradient of a linear layer is then one plain product, which XLA computes on a CPU in less than half of the time

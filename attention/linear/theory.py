@@ -59,12 +59,12 @@ def relative_variance(
 
 def features_needed(
     error: float,
-    norms: tuple[float, float],
-    temperature: float = 1.0,
+    norms: tuple[float | int, float | int],
+    temperature: float | int = 1.0,
     *,
     head_dim: int,
-    scale: float | None = None,
-    cosine: float = 0.0,
+    scale: float | int | None = None,
+    cosine: float | int = 0.0,
     kind: Kind = "positive",
     coupling: Coupling = "orthogonal",
 ) -> int:

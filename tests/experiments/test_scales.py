@@ -66,7 +66,7 @@ def test_decoding_and_monitors_share_what_training_does(tiny):
     # The layer's entropy, from what it attends with: its own scale, the temperature of evaluations, and the cap.
     batch = {"tokens": jnp.concatenate([tokens, tokens[:, :1]], axis=1)}
     found = jax.jit(make_evaluate(run))(state, batch, levers(run))["entropy"][0]
-    query, key = (x[:1] for x in seen[0])  # an eighth of the batch
+    query, key, _ = (x[:1] for x in seen[0])  # an eighth of the batch
     steps = attention.attention_steps(
         query,
         key,

@@ -1,0 +1,169 @@
+"""Does beta that grows with the length stop attention from dispersing?
+
+    python -m experiments.study length_beta
+
+Axes, without training: n - 1 logits of -2 and one of 3, n = 10 to 100,000; softmax, and SSMax, which multiplies the
+logits by 0.43 ln n. With training: a model of 2 layers learns induction (what followed the marker?) in sequences of 32
+tokens, three seeds each with the scale 1/sqrt(H) and with SSMax, and answers in sequences of 16 to 16,384. The plain
+one does so as it was trained, at a half and a quarter of its temperature, and at an adaptive temperature.
+
+Metric: the largest weight; of the models the share of right answers, the loss of the answer, and the largest weight of
+the query that answers, in the last layer and the head where it is largest. There are 64 sequences of each length up to
+1,024 tokens, 16 of 4,096 and 4 of 16,384.
+
+It takes about 8 minutes on 2 CPU cores.
+
+Expected: the largest weight falls from 0.943 to 0.0015 under softmax and rises from 0.940 to 1.000 under SSMax
+(Nakanishi, arXiv 2501.19399, figure 1, which has these logits and this 0.43); bounded logits must disperse, whatever
+the temperature, and an adaptive temperature helps without a cure (Velickovic et al., arXiv 2410.01104, theorem 2.2 and
+section 5); SSMax keeps more of its accuracy beyond the lengths of training (2501.19399, section 4.2).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+import attention
+from experiments.axes import axis, product
+from experiments.config import Data, Model, Optimizer, Run
+from experiments.drawing import panels
+from experiments.evaluate import held_out
+from experiments.metrics import accuracy, cross_entropy
+from experiments.points import static_part
+from experiments.presets import Sweep
+from experiments.runtime import compiler_options
+from experiments.saved import Saved, load
+from experiments.steps import evaluation_numbers, levers, model_graph
+from experiments.studies import SMALL, Row, Study, Work
+from experiments.study_figures import Summary, curves, keys_below, powers
+
+SSMAX = 0.43
+LOW, HIGH = -2.0, 3.0
+
+
+def largest_weights(keys: int) -> dict[str, float]:
+    """The largest weight of softmax and of SSMax over `keys` logits, one of them 3 and the others -2."""
+    key = np.full((1, keys, 1, 1), LOW, np.float32)
+    key[:, -1] = HIGH
+    query, marked = np.ones((1, 1, 1, 1), np.float32), (key == HIGH).astype(np.float32)
+    seen = attention.visible_keys(query, key)
+    queries = {"softmax": query, "SSMax": query * SSMAX * jnp.log(seen)[..., None]}
+    # A value of 1 at one key and 0 elsewhere makes the output that key's weight.
+    return {
+        name: float(attention.dot_product_attention(q, key, marked, scale=1.0)[0, 0, 0, 0])
+        for name, q in queries.items()
+    }
+
+
+VARIANTS = {
+    "softmax": ("1/sqrt(H)", 1.0, False),
+    "softmax, temperature / 2": ("1/sqrt(H)", 0.5, False),
+    "softmax, temperature / 4": ("1/sqrt(H)", 0.25, False),
+    "softmax, adaptive temperature": ("1/sqrt(H)", 1.0, True),
+    "SSMax": ("ssmax", 1.0, False),
+}
+"""What is evaluated: the rule that it was trained with, the factor of its temperature, and whether that adapts."""
+
+
+def measure(work: Work, contexts: tuple[int, ...], counts: tuple[int, ...], tokens: int) -> list[Row]:
+    rows = []
+    for keys in counts:
+        for name, weight in largest_weights(keys).items():
+            rows.append({"axes": {"logits": name, "keys": keys}, "seed": 0, "numbers": {"largest weight": weight}})
+    for axes, folder in work.trained():
+        for name, (rule, factor, adaptive) in VARIANTS.items():
+            if rule == axes["model.scale_rule"]:
+                saved = load(folder, attention.Chunked())
+                run = dataclasses.replace(saved.run, evaluate_temperature=factor, adaptive=adaptive)
+                for context in contexts:
+                    numbers = answers(saved._replace(run=run), context, min(64, max(4, tokens // context)))
+                    rows.append(
+                        {"axes": {"attention": name, "tokens": context}, "seed": axes["seed"], "numbers": numbers}
+                    )
+    return rows
+
+
+def answers(saved: Saved, context: int, sequences: int) -> dict[str, float]:
+    """Accuracy, loss and largest weight of the answers in so many sequences of this length."""
+    rows = max(1, saved.run.data.batch * saved.run.model.context // context)
+    batches = held_out(saved, context, -(-sequences // rows))
+    look, numbers = _look(static_part(saved.run)), levers(saved.run)
+    found = jax.device_get([look(saved.parameters, saved.constants, batch, numbers) for batch in batches])
+    return {name: float(np.mean([x[name] for x in found], dtype=np.float64)) for name in found[0]}
+
+
+@functools.lru_cache(maxsize=8)
+def _look(static: Run):
+    graph = model_graph(static)
+
+    def look(parameters, constants, batch, levers):
+        model = nnx.merge(graph, parameters, constants)
+        numbers = evaluation_numbers(static, levers)
+        logits, seen = model.observed(batch["tokens"][:, :-1], adaptive=static.adaptive, **numbers)
+        targets, counts = batch["tokens"][:, 1:], batch["counts"]
+        own = model.blocks[-1].attention.scale
+        scale = own[...] if numbers["scale"] is None else numbers["scale"]
+        query, key, value = seen[-1]
+        # The answer is the last prediction, whose query sees every key.
+        steps = attention.attention_steps(query[:, -1:], key, value, scale=scale, temperature=numbers["temperature"])
+        return {
+            "accuracy": accuracy(logits, targets, counts),
+            "loss": cross_entropy(logits, targets, counts),
+            "largest weight": steps.weights.max(-1).max(1).mean(),
+        }
+
+    return jax.jit(look, compiler_options=compiler_options())
+
+
+def figure(summary: Summary) -> Figure:
+    """Left: the largest weight over n logits of which one is 5 above all others. Then, for a model trained in 32 \
+tokens, accuracy, loss and largest weight of its answer in longer sequences; means over seeds, with bands over all."""
+    drawing, grid = panels(4, width=3.6, height=3.4)
+    logits = [row for row in summary if "logits" in row["axes"]]
+    trained = [row for row in summary if "attention" in row["axes"]]
+    curves(grid[0], logits, "keys", "largest weight", "logits")
+    powers(grid[0], [row["axes"]["keys"] for row in logits], "keys")
+    grid[0].set_title("largest weight, fixed logits")
+    grid[0].legend(fontsize="small")
+    titles = {
+        "accuracy": "right answers",
+        "loss": "loss of the answer (nats)",
+        "largest weight": "largest weight, last layer",
+    }
+    for panel, (number, title) in zip(grid[1:], titles.items(), strict=True):
+        curves(panel, trained, "tokens", number, "attention")
+        powers(panel, [row["axes"]["tokens"] for row in trained], "tokens")
+        panel.tick_params(axis="x", rotation=45)
+        panel.set_title(title)
+    keys_below(drawing, grid[1], columns=5)
+    return drawing
+
+
+def _study(base: Run, seeds: int, **sizes) -> Study:
+    axes = product(axis("model.scale_rule", ["1/sqrt(H)", "ssmax"]), seed=range(seeds))
+    measured = functools.partial(measure, **sizes)
+    return Study(sweep=Sweep(base=base, axes=axes), measure=measured, figure=figure)
+
+
+_BASE = Run(
+    steps=1000,
+    evaluate_every=250,
+    evaluate_batches=4,
+    model=Model(layers=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=32),
+    data=Data(task="induction", symbols=16, batch=64),
+    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20),
+)
+study = _study(
+    _BASE,
+    seeds=3,
+    contexts=(16, 64, 256, 1024, 4096, 16384),
+    counts=(10, 100, 1000, 10_000, 100_000),
+    tokens=2**16,
+)
+_TINY = dataclasses.replace(SMALL, data=Data(task="induction", symbols=4, batch=4))
+smoke = _study(_TINY, seeds=2, contexts=(32,), counts=(10, 100), tokens=64)

@@ -1,0 +1,95 @@
+"""Runs one of the studies in `configs/studies/`: `python -m experiments.study NAME [options]`.
+
+A study trains the points of its axes in `<folder>/<name>/`, measures them, and writes results.json with every row and
+its mean and spread over seeds, a figure as SVG and PNG, and a page. Started again it goes on where it stopped, and a
+finished point is never trained again.
+
+Exit codes: 0 finished, 1 a number stopped being finite or the disk is full, 2 a wrong option or input, 130 and 143
+stopped by SIGINT and SIGTERM.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.cli import exit_code
+from experiments.config import to_dict
+from experiments.drawing import drawn
+from experiments.files import write_bytes, write_json, write_text
+from experiments.paths import UNSWEPT
+from experiments.presets import Sweep
+from experiments.provenance import describe_corpus
+from experiments.report import study_page
+from experiments.runtime import enable_compilation_cache, environment
+from experiments.studies import Work, load_study, study_names, summarised
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    name: Annotated[str, tyro.conf.Positional]
+    """The study: a module of `configs/studies/`."""
+    smoke: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Run its small form, which shows that everything works and nothing else."""
+    folder: Path = Path("runs")
+    """Where runs are kept."""
+    out: Path | None = None
+    """Folder for results.json, the figure and the page; `study` in the folder of the runs if not given."""
+
+
+def run_study(options: Options) -> Path:
+    """Trains, measures, and writes what was found; returns the folder of the results.
+
+    Raises:
+        ValueError: there is no such study, or its folder holds something else.
+        Interrupted: SIGTERM or SIGINT; finished points are saved.
+        OSError: something could not be written; finished points are intact.
+    """
+    study, description = load_study(options.name, smoke=options.smoke)
+    name = f"{options.name}-smoke" if options.smoke else options.name
+    command = f"python -m experiments.study {options.name}" + (" --smoke" if options.smoke else "")
+    sweep = study.sweep
+    if sweep is not None:
+        sweep = Sweep(base=dataclasses.replace(sweep.base, name=name, folder=options.folder), axes=sweep.axes)
+    rows = study.measure(Work(sweep=sweep, preset=name, description=description, command=command))
+    out = options.out or options.folder / name / "study"
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"study": options.name, "smoke": options.smoke, "command": command, **_conditions(sweep)}
+    record |= {"summary": summarised(rows), "rows": rows}
+    files = drawn(lambda results: study.figure(results["summary"]), record)
+    for kind, content in files.items():
+        write_bytes(out / f"{options.name}.{kind}", content)
+    write_json(out / "results.json", record)
+    caption = " ".join((study.figure.__doc__ or "").split())
+    write_text(out / "page.html", study_page(record, description, files["svg"], caption))
+    return out
+
+
+def _conditions(sweep: Sweep | None) -> dict[str, Any]:
+    """What the results depend on: versions, the machine, and what the points have in common and apart."""
+    found = {**environment(), "cores": os.cpu_count()}
+    if sweep is None:
+        return found
+    config = {name: value for name, value in to_dict(sweep.base).items() if name not in UNSWEPT}
+    axes = {name: [to_dict(value) for value in sweep.axes.values(name)] for name in sweep.axes.names}
+    return found | {"config": config, "axes": axes, "corpus": describe_corpus(sweep.base)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+
+    def command() -> None:
+        listed = "\n".join(f"  {name:<20}{load_study(name)[1].splitlines()[0]}" for name in study_names())
+        about = f"{__doc__}\nstudies:\n{listed}"
+        options = tyro.cli(Options, args=arguments, prog="python -m experiments.study", description=about)
+        print(f"written: {run_study(options)}/results.json, {options.name}.svg, {options.name}.png, page.html")
+
+    enable_compilation_cache()
+    return exit_code(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
