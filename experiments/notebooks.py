@@ -7,6 +7,7 @@ python -m experiments.notebooks 01_scaled_dot_product     executes one
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -46,7 +47,7 @@ def executed(text: Path) -> NotebookNode:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
     # On a busy machine a kernel starts late and its outputs come late: they must not be given up in silence.
-    patience = {"startup_timeout": SECONDS_A_CELL, "iopub_timeout": SECONDS_A_CELL, "raise_on_iopub_timeout": True}
+    patience: Any = {"startup_timeout": SECONDS_A_CELL, "iopub_timeout": SECONDS_A_CELL, "raise_on_iopub_timeout": True}
     client = NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name="python3", record_timing=False, **patience)
     client.execute(cwd=str(ROOT), env=environment)
     notebook.metadata = _metadata(notebook)

@@ -44,6 +44,6 @@ def test_laws_that_wait_for_the_campaign_are_run_for_some_method():
     assert have >= asked
 
 
-@pytest.mark.parametrize(("method", "name"), cases())
+@pytest.mark.parametrize(("method", "name"), list(cases()))
 def test_law(method, name):
     LAWS[name](method)
