@@ -21,13 +21,13 @@ section 5); SSMax keeps more of its accuracy beyond the lengths of training (250
 Found (docs/results/length_beta, 3 seeds):
 
 - Fixed logits: 0.943 to 0.0015 under softmax and 0.940 to 1.000 under SSMax, as published.
-- Trained: the largest weight disperses as expected. At 16,384 tokens it is 0.06 under softmax, 0.29 and 0.54 at a half
-  and a quarter of the temperature, 0.21 at an adaptive one, and 0.77 under SSMax; at 1,024 tokens 0.37, 0.82, 0.94, 0.81
-  and 0.89. A smaller temperature puts the fall off; beta that grows with the length slows it most.
-- The answers do not follow. All of them are right 93 to 99% of the time in 16 tokens, 67 to 73% in 64, 11 to 19% in 256,
-  and no better than guessing (1 in 16) from 1,024 on, SSMax too. This differs from the expectation: the weight stays
-  large on a key that is not the right one. Rotary positions beyond the 32 tokens of training move the logits of the
-  matching head, and only a model that still finds the key gains from a beta that grows.
+- Trained: the largest weight disperses as expected. At 16,384 tokens it is 0.06 under softmax, 0.29 and 0.54 at a
+  half and a quarter of the temperature, 0.21 at an adaptive one, and 0.77 under SSMax; at 1,024 tokens 0.37, 0.82,
+  0.94, 0.81 and 0.89. A smaller temperature puts the fall off; beta that grows with the length slows it most.
+- The answers do not follow. They are right 93 to 99% of the time in 16 tokens, 67 to 73% in 64, 11 to 19% in 256, and
+  no more often than by guessing (1 in 16) from 1,024 tokens on, SSMax too. This differs from the expectation: the
+  weight stays large, on a key that is not the right one. A likely cause, not measured here, is that rotary positions
+  beyond the 32 tokens of training disturb the match itself, which no beta repairs.
 """
 
 import dataclasses
