@@ -50,7 +50,7 @@ def powers(axes: Axes, places: Iterable[float], label: str) -> None:
     """A logarithmic horizontal axis with a tick at each of the places."""
     ticks = sorted(set(places))
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [power(tick) for tick in ticks])
+    axes.set_xticks(ticks, [power(tick) if tick < 1 else f"{tick:,.10g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
 
