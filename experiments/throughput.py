@@ -18,6 +18,7 @@ from experiments import config
 from experiments.contestants import Cell, loss_of
 from experiments.metrics import named_leaves
 from experiments.programs import Program, compiled, trace
+from experiments.runtime import compiler_options
 from experiments.steps import levers
 from experiments.timing import interleaved, spread
 
@@ -105,7 +106,7 @@ def attention_alone(run: config.Run, batch: int) -> Callable[[], Any]:
     cell = Cell(model.context, True, True, model.heads, model.width // model.heads)
     *operands, cotangent = (jnp.repeat(jnp.asarray(x), batch, axis=0) for x in cell.operands())
     attend = functools.partial(attention.dot_product_attention, method=run.attention, is_causal=True)
-    function = jax.jit(loss_of(cell, attend, cotangent))
+    function = jax.jit(loss_of(cell, attend, cotangent), compiler_options=compiler_options())
     return lambda: jax.block_until_ready(function(*operands))
 
 
