@@ -152,7 +152,8 @@ def figure(results: list[dict[str, Any]]) -> Figure:
     ]
     colours = ["#E69F00" if row["contestant"].startswith("PyTorch") else "#0072B2" for row in rows]
     panel.barh([row["contestant"] for row in rows], middle, xerr=spans, color=colours, capsize=3)
-    panel.set_xlabel("training speed (tokens per second)")
+    panel.xaxis.set_major_formatter(lambda rate, _: f"{rate / 1e3:g}")
+    panel.set_xlabel("training speed (thousand tokens per second)")
     panel.spines[["top", "right"]].set_visible(False)
     return drawing
 
