@@ -161,7 +161,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
         sizes = [(r["temporaries"][who] or 0) / 2**20 for r in those]
         lengths = [r["cell"]["length"] for r in those]
         panels[-1].plot(lengths, sizes, color=COLOURS[i], marker=MARKERS[i], label=who)
-    panels[-1].set_title(f"temporaries, {labels[-1]}", fontsize=10)
+    panels[-1].set_title(f"temporaries,\n{labels[-1]}", fontsize=10)
     panels[-1].set_ylabel("temporaries (MiB)")
     for panel in panels:
         panel.set_xscale("log", base=2)
