@@ -19,10 +19,10 @@ from attention.inputs import prepare
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.plan import growing_means, limits, plan, visible_pages
+from experiments.drawing import COLOURS
 from experiments.timing import interleaved, ratios, spread
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-COLOURS = {"ball": "#0072B2", "box": "#D55E00", "sketch": "#009E73"}
+LOOKS = dict(zip(REACH, COLOURS, strict=False))
 RUN = 256  # keys around a shared centre
 RACES = (("coherent runs", False, 1.0), ("coherent runs", True, 1.0), ("iid", False, 8.0), ("iid", False, 1.0))
 
@@ -194,7 +194,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
         those = [x for x in results if x.get("family") == family and x["tolerance"] == middle]
         for bound in dict.fromkeys(x["bound"] for x in those):
             cells = [x for x in those if x["bound"] == bound]
-            temperatures, colour = [x["temperature"] for x in cells], COLOURS[bound]
+            temperatures, colour = [x["temperature"] for x in cells], LOOKS[bound]
             grid[0, column].plot(temperatures, [x["read"] for x in cells], color=colour, marker="o", label=bound)
             fired = [x for x in cells if x["bound_over_error"]]
             loose = [x["bound_over_error"]["median"] for x in fired]

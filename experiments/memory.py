@@ -18,10 +18,10 @@ from rich.table import Table
 
 import attention
 from experiments.contestants import Cell, loss_of
+from experiments.drawing import COLOURS
 from experiments.timing import temporaries
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-COLOURS = {"Chunked": "#0072B2", "jax.nn": "#D55E00"}
+LOOKS = dict(zip(("Chunked", "jax.nn"), COLOURS, strict=False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
     for panel, label in zip(panels, labels, strict=True):
         cells = [result for result in plans if result["label"] == label]
         lengths = [result["cell"]["length"] for result in cells]
-        for name, colour in COLOURS.items():
+        for name, colour in LOOKS.items():
             sizes = [(result["temporaries"][name] or 0) / 2**20 for result in cells]
             panel.plot(lengths, sizes, color=colour, marker="o", label=name)
         linear = [cells[-1]["temporaries"]["Chunked"] / 2**20 * T / lengths[-1] for T in lengths]
@@ -96,12 +96,12 @@ def figure(results: list[dict[str, Any]]) -> Figure:
 
 def table(results: list[dict[str, Any]]) -> Table:
     """The same numbers for a terminal."""
-    shown = Table("cell", "T", *(f"{name}, MiB" for name in COLOURS), title="temporaries of one head")
+    shown = Table("cell", "T", *(f"{name}, MiB" for name in LOOKS), title="temporaries of one head")
     for result in results:
         if result["label"] == "run":
             length, seconds, peak = result["cell"]["length"], result["seconds"], result["peak_bytes"] / 2**20
             shown.caption = f"T = {length}, forward and backward: {seconds:.0f} s, at most {peak:.0f} MiB in all"
             continue
-        sizes = (f"{(result['temporaries'][name] or 0) / 2**20:.1f}" for name in COLOURS)
+        sizes = (f"{(result['temporaries'][name] or 0) / 2**20:.1f}" for name in LOOKS)
         shown.add_row(result["label"], str(result["cell"]["length"]), *sizes)
     return shown

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 import attention
 from attention.method import Certificate
+from attention.rounding import norms
 from experiments.metrics import looked_at
 
 
@@ -43,24 +44,20 @@ def attention_errors(
 
 
 def _errors(method: attention.Method, query, key, value, scale, **numbers: Any) -> tuple[Array, Array]:
-    """Error and bound of one layer, a number a head."""
+    """Error and bound of one layer, a number a head; lengths in float32."""
     numbers |= {"scale": scale, "is_causal": True}
     params = method.init(jax.random.key(0), num_heads=query.shape[2], head_dim=query.shape[3])
     exact = attention.dot_product_attention(query, key, value, method=attention.Chunked(), **numbers)
     output, certificate = attention.certified_attention(query, key, value, method=method, params=params, **numbers)
-    size = _rms(_lengths(exact))
-    error = _rms(_lengths(output.astype(jnp.float32) - exact.astype(jnp.float32)))
-    return error / size, _rms(_known(certificate, output, value)) / size
+    exact, output, value = (x.astype(jnp.float32) for x in (exact, output, value))
+    size = _rms(norms(exact))
+    return _rms(norms(output - exact)) / size, _rms(_known(certificate, output, value)) / size
 
 
 def _known(certificate: Certificate, output, value) -> Float[Array, "B T N"]:
-    farthest = _lengths(value).max(1, keepdims=True)  # in the caller's units, over all keys: more than a row sees
+    farthest = norms(value).max(1, keepdims=True)  # in the caller's units, over all keys: more than a row sees
     repeated = jnp.repeat(farthest, output.shape[2] // farthest.shape[2], axis=2)
-    return jnp.minimum(certificate.error_bound, _lengths(output) + repeated)
-
-
-def _lengths(x: Float[Array, "B T N E"]) -> Float[Array, "B T N"]:
-    return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
+    return jnp.minimum(certificate.error_bound, norms(output) + repeated)
 
 
 def _rms(x: Float[Array, "B T N"]) -> Float[Array, " N"]:

@@ -8,10 +8,10 @@ from matplotlib.ticker import FuncFormatter
 from rich.table import Table
 
 from experiments.contestants import Cell, Contestant, matrix_size
+from experiments.drawing import COLOURS
 from experiments.timing import interleaved, ratios, spread
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-LOOKS = {"jax.nn": ("#D55E00", "s"), "PyTorch": ("#0072B2", "o"), "PyTorch, our layout": ("#56B4E9", "v")}
+LOOKS = {"jax.nn": (COLOURS[1], "s"), "PyTorch": (COLOURS[0], "o"), "PyTorch, our layout": (COLOURS[5], "v")}
 
 
 def raced(cell: Cell, contestants: dict[str, Contestant], mine: str, rounds: int, limit: float) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def normal(T: int, H: int, seed: int) -> Operands:
 def trained(context: int, count: int, seed: int) -> Operands:
     """The operands in every layer of a small language model, trained for `count` steps on text it then continues.
 
-    Layers stand along the batch axis. They are taken where a method receives them, beta divided out.
+    Layers stand along the batch axis.
     """
     run = Run(model=Model(context=context), data=Data(batch=2), steps=count, seed=seed)
     levers = steps.levers(run)
@@ -81,24 +81,10 @@ def trained(context: int, count: int, seed: int) -> Operands:
     batches = iter(training_batches(run))
     for _ in range(count):
         state, _ = step(state, next(batches), levers)
-    seen: list[tuple[Any, ...]] = []
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Recording(attention.Exact, register=False):
-        """Exact attention that shows its operands."""
-
-        def attend(self, inputs):
-            jax.debug.callback(lambda *x: seen.append(x), inputs.query / inputs.beta, inputs.key, inputs.value)
-            return super().attend(inputs)
-
-    graph = steps.model_graph(dataclasses.replace(run, attention=Recording()))
-    model = nnx.merge(graph, state.parameters, state.constants)
+    model = nnx.merge(steps.model_graph(run), state.parameters, state.constants)
     text = next(iter(validation_batches(run)))["tokens"][:1, :-1]
-    model(text, scale=levers.scale, temperature=levers.temperature)
-    jax.effects_barrier()
-    query, key, value = (np.concatenate(x) for x in zip(*seen, strict=True))
-    query = np.moveaxis(query.reshape(query.shape[0], -1, *query.shape[3:]), 1, 2)
-    key, value = (np.moveaxis(x, 1, 2) for x in (key, value))
+    _, layers = model.observed(text, **steps.training_numbers(run, levers))
+    query, key, value = (np.concatenate(x) for x in zip(*layers, strict=True))
     return Operands(f"a model after {count} steps, {context} tokens, causal", query, key, value, causal=True)
 
 

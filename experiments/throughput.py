@@ -16,6 +16,7 @@ from rich.table import Table
 import attention
 from experiments import config
 from experiments.contestants import Cell, loss_of
+from experiments.drawing import COLOURS
 from experiments.metrics import named_leaves
 from experiments.programs import Program, compiled, trace
 from experiments.runtime import compiler_options
@@ -150,7 +151,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
         [rate["median"] - rate["lower_quartile"] for rate in rates],
         [rate["upper_quartile"] - rate["median"] for rate in rates],
     ]
-    colours = ["#E69F00" if row["contestant"].startswith("PyTorch") else "#0072B2" for row in rows]
+    colours = [COLOURS[4] if row["contestant"].startswith("PyTorch") else COLOURS[0] for row in rows]
     panel.barh([row["contestant"] for row in rows], middle, xerr=spans, color=colours, capsize=3)
     panel.xaxis.set_major_formatter(lambda rate, _: f"{rate / 1e3:g}")
     panel.set_xlabel("training speed (thousand tokens per second)")
