@@ -26,7 +26,7 @@ import attention
 from experiments import certified, features, linear, memory, race, sparse, temperature, throughput
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
-from experiments.runtime import environment
+from experiments.runtime import environment, keep_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
         counts = np.atleast_1d(getattr(benchmark, name, 1))
         if not counts.size or counts.min() < 1:
             sys.exit(f"{name} is {getattr(benchmark, name)}: expected numbers of at least 1")
+    keep_memory()
     results = benchmark.measured()
     figure, table = drawn(benchmark, results)
     written(benchmark, results, figure)

@@ -30,7 +30,7 @@ from experiments.data import validation_batches
 from experiments.drawing import drawn, look, panels, wrapped
 from experiments.files import write_bytes, write_json
 from experiments.points import static_part
-from experiments.runtime import compiler_options, enable_compilation_cache, environment
+from experiments.runtime import compiler_options, environment, start_process
 from experiments.saved import Saved, load, load_run
 from experiments.steps import TrainState, levers, make_evaluate
 
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"written: {written(options, rows)}/results.json, evaluate.svg, evaluate.png")
         Console().print(table(rows))
 
-    enable_compilation_cache()
+    start_process()
     return exit_code(command)
 
 

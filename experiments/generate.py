@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 import attention
 from experiments.cli import exit_code
 from experiments.config import Run, check_run, task_of, vocabulary
-from experiments.runtime import enable_compilation_cache
+from experiments.runtime import start_process
 from experiments.saved import Saved, load
 from experiments.steps import evaluation_numbers, levers, model_graph
 
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(written(token), end="", flush=True)
         print()
 
-    enable_compilation_cache()
+    start_process()
     return exit_code(command)
 
 

@@ -1,5 +1,6 @@
-"""The process around an experiment: the compilation cache, what it runs on, and signals."""
+"""The process around an experiment: its memory, the compilation cache, what it runs on, and signals."""
 
+import ctypes
 import os
 import platform
 import signal
@@ -11,7 +12,28 @@ from typing import Any
 
 import jax
 
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # names of mallopt(3)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def start_process() -> None:
+    """What every command does first: memory is kept, and so are compiled programs."""
+    keep_memory()
+    enable_compilation_cache()
+
+
+def keep_memory() -> None:
+    """Lets glibc's malloc keep what is freed, up to 2 GiB, instead of giving it back to the system.
+
+    A program on a CPU asks for its temporaries anew at every call, and the system hands them out a page at a time: a
+    fifth of the time of a training step of 235 MB. Nothing happens where there is no glibc. The threads have to share
+    one heap, so this comes before the first of them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return
+    for option, setting in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(option, setting)
 
 
 def enable_compilation_cache() -> None:

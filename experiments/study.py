@@ -24,7 +24,7 @@ from experiments.paths import UNSWEPT
 from experiments.presets import Sweep
 from experiments.provenance import describe_corpus
 from experiments.report import study_page
-from experiments.runtime import enable_compilation_cache, environment
+from experiments.runtime import environment, start_process
 from experiments.studies import Work, load_study, study_names, summarised
 
 
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = tyro.cli(Options, args=arguments, prog="python -m experiments.study", description=about)
         print(f"written: {run_study(options)}/results.json, {options.name}.svg, {options.name}.png, page.html")
 
-    enable_compilation_cache()
+    start_process()
     return exit_code(command)
 
 

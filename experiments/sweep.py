@@ -27,7 +27,7 @@ from experiments.files import is_disk_full
 from experiments.paths import look_up, paths
 from experiments.presets import Sweep, load_preset, preset_names
 from experiments.report import write_report
-from experiments.runtime import enable_compilation_cache
+from experiments.runtime import start_process
 from experiments.summary import Results, point_row, points_of
 
 PROGRAM = "python -m experiments.sweep"
@@ -135,7 +135,7 @@ def _usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    enable_compilation_cache()
+    start_process()
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log has no width of its own

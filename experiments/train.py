@@ -26,7 +26,7 @@ from experiments.files import is_disk_full, read_json_lines
 from experiments.folder import RunFolder, open_folder
 from experiments.log import Log, Pending, evaluation_record, told
 from experiments.progress import View
-from experiments.runtime import Interrupted, StopSignals, compiler_options, enable_compilation_cache
+from experiments.runtime import Interrupted, StopSignals, compiler_options, start_process
 from experiments.steps import (
     Levers,
     TrainState,
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = train(run, overwrite=overwrite)
         print(f"{run.folder / run.name}: {told(result)} after step {result['step']}")
 
-    enable_compilation_cache()
+    start_process()
     return exit_code(lambda: parse(command, arguments, prog="python -m experiments.train"))
 
 
