@@ -14,15 +14,22 @@ from attention.testing import LAWS, laws_for
 EXAMPLES = [method for cls in METHODS.values() for method in cls.examples()]
 ALWAYS = (Exact, Chunked, Performer, TopK)  # which have all capabilities between them
 THOROUGH = {
+    "a_second_eager_call_does_not_recompile",
+    "batch_axis_is_optional",
     "error_falls_with_the_budget",
     "exact_limit_equals_the_oracle",
     "exact_limit_has_the_oracles_gradients",
     "exact_limit_holds_at_any_length",
     "gradients_equal_finite_differences",
+    "impossible_temperatures_are_refused",
+    "jit_equals_eager",
+    "low_temperature_gives_the_argmax",
     "low_precision_is_rounding",
     "other_segments_room_does_not_exist",
     "padding_does_not_exist",
     "padding_equals_truncation",
+    "the_future_does_not_exist_when_aligned_to_the_end",
+    "vmap_equals_loop",
 }
 
 
