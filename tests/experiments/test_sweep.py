@@ -147,18 +147,26 @@ def command(text, folder, *more):
     return [sys.executable, "-m", "experiments.sweep", "quickstart", *model, *lengths, *place, *axes, *more]
 
 
-def until_point(process, folder):
-    """Waits until a first point is there (or the process has ended)."""
-    while process.poll() is None and not list(folder.glob("tiny/points/[!.]*.json")):
-        time.sleep(0.002)
+KILLED_AFTER_A_POINT = """
+import os, signal, sys
+from experiments import store, sweep
+
+finish = store.Store.finish
+
+def finish_and_die(self, record):
+    finish(self, record)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+store.Store.finish = finish_and_die
+sweep.main(sys.argv[1:])
+"""
 
 
 def test_a_killed_sweep_goes_on_and_ends_the_same(text, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(command(text, killed), cwd=ROOT, stdout=subprocess.DEVNULL)
-    until_point(process, killed)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    dying = [sys.executable, "-c", KILLED_AFTER_A_POINT, *command(text, killed)[3:]]
+    assert subprocess.run(dying, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+    assert len(list(killed.glob("tiny/points/*.json"))) == 1
     assert not (killed / "tiny" / "report.html").exists()
     for folder in (killed, whole):
         assert main(command(text, folder)[3:]) == 0
