@@ -25,7 +25,7 @@ from experiments.timing import interleaved, spread
 class Linear:
     """Performer with each number of features against Chunked: time, growth, crossover, memory, decoding."""
 
-    lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 16384, 65536)
     """Tokens, T = S."""
     features: tuple[int, ...] = (64, 256)
     """Features, M."""
@@ -124,9 +124,12 @@ def summary(results: list[dict[str, Any]], benchmark: Linear) -> dict[str, Any]:
 
 
 def crossover(mine: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> float | None:
-    """Where two curves of time cross, straight between measurements on logarithmic axes; None if nowhere."""
+    """From which length on the first curve of time is below the second, straight between measurements in logarithms.
+
+    The last crossing where noise makes several; None where there is none.
+    """
     both = [(np.log(T), np.log(a / b)) for (T, a), (_, b) in zip(mine, theirs, strict=False)]
-    for (x, above), (y, below) in itertools.pairwise(both):
+    for (x, above), (y, below) in reversed(list(itertools.pairwise(both))):
         if above > 0 >= below:
             return float(np.exp(x + (y - x) * above / (above - below)))
     return None
@@ -146,13 +149,16 @@ def figure(results: list[dict[str, Any]]) -> Figure:
     """Time over length, forward and with the backward pass; and the temporaries of the latter."""
     raced = [result for result in results if "cell" in result]
     labels = list(dict.fromkeys(result["label"] for result in raced))
-    drawing = Figure(figsize=(3.4 * (len(labels) + 1), 3.4), layout="constrained")
+    drawing = Figure(figsize=(3.4 * (len(labels) + 1), 3.9), layout="constrained")
     panels = drawing.subplots(1, len(labels) + 1, squeeze=False)[0]
-    growth = next(result["growth"] for result in results if result["label"] == "summary")
+    found = next(result for result in results if result["label"] == "summary")
     for panel, label in zip(panels, labels, strict=False):
         for i, (who, series) in enumerate(times_of(raced, label).items()):
-            slope = growth.get(label, {}).get(who)
+            slope, crossing = (found[what].get(label, {}).get(who) for what in ("growth", "crossover"))
             legend = who if slope is None else f"{who}: T^{slope:.2f}"
+            if crossing is not None:
+                legend += f", faster from T = {crossing:.0f}"
+                panel.axvline(crossing, color=COLOURS[i], linestyle=":", linewidth=1)
             panel.plot(*zip(*series, strict=True), color=COLOURS[i], marker=MARKERS[i], label=legend)
         panel.set_title(label, fontsize=10)
         panel.set_ylabel("time (s)")
@@ -167,7 +173,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xlabel("length (tokens)")
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return drawing
 
 
