@@ -150,6 +150,10 @@ class Method(abc.ABC):
         del rng, num_heads, head_dim
         return Params()
 
+    def redrawn(self, params: Params, rng: Array, *, step: Any, every: int) -> Params:
+        """The params with the constants of a training step: others every `every` steps, by rng and step alone."""
+        raise UnsupportedError(f"{type(self).__name__} has no constants that are redrawn: {overriding('redrawn')}")
+
     def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> Any:
         """The decoding state before the first token."""
         raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
@@ -280,6 +284,12 @@ def parse_method(expression: str) -> Method:
 def capable(capability: str) -> str:
     """Names the methods that have a capability, for the end of an error message."""
     names = [cls.__name__ for cls in METHODS.values() if getattr(cls.capabilities, capability)]
+    return f"methods that can: {', '.join(names) or 'none'}"
+
+
+def overriding(hook: str) -> str:
+    """Names the methods that have a hook of their own, for the end of an error message."""
+    names = [cls.__name__ for cls in METHODS.values() if getattr(cls, hook) is not getattr(Method, hook)]
     return f"methods that can: {', '.join(names) or 'none'}"
 
 

@@ -255,6 +255,16 @@ class MultiHeadAttention(nnx.Module):
         kept, output = self.method.extend(state.kept, query, key, value, **settings, rng=rng)
         return DecodingState(state.length + x.shape[1], kept), self._merged(output, x)
 
+    def redraw(self, rng: Array, *, step: Any, every: int) -> None:
+        """Gives the method the constants of a training step, as `Method.redrawn` draws them; before each step.
+
+        Raises:
+            UnsupportedError: the method has none that are redrawn.
+        """
+        redrawn = self.method.redrawn(self.params(), rng, step=step, every=every)
+        for name, drawn in redrawn.constants.items():
+            self.constants[name][...] = drawn
+
     def power_iteration(self) -> None:
         """Brings the singular vectors of sigma-reparametrised projections up to date; after each training step."""
         for linear in (self.query, self.key, self.value, self.output):
