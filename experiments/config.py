@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 import attention
-from attention.method import METHODS
+from attention.method import METHODS, overriding
 from attention.scale_rules import initial_scale
 from experiments.tasks import TASKS, Task
 
@@ -119,6 +119,8 @@ class Run:
     probes: tuple[str, ...] = ()
     """Methods whose error, and certificate, on the model's own queries, keys and values every evaluation measures,
     such as `'TopK(k=16)' Performer`."""
+    redraw_every: int = 0
+    """Steps between draws of the constants of random methods; 0 for those that the run began with."""
     seed: int = 0
     """Draws the parameters, the batches, and the constants of random methods. Traced."""
     steps: int = 200
@@ -146,6 +148,11 @@ def layer_methods(run: Run) -> tuple[attention.Method, ...]:
     if len(expressions) != run.model.layers:
         raise ValueError(f"model.layer_methods is {expressions}: expected one for each of {run.model.layers} layers")
     return tuple(attention.parse_method(expression) for expression in expressions)
+
+
+def redraws(method: attention.Method) -> bool:
+    """Whether a method has constants that training can redraw."""
+    return type(method).redrawn is not attention.Method.redrawn
 
 
 def task_of(run: Run) -> Task | None:
@@ -200,12 +207,20 @@ def check_run(run: Run) -> None:
     starting_scale(run)
     task_of(run)
     _check_optimizer(optimizer, run.steps)
-    layer_methods(run)
+    _check_redraw(run)
     for expression in run.probes:
         attention.parse_method(expression)
 
 
 _SIZES = ("layers", "width", "heads", "kv_heads", "mlp_width", "context")
+
+
+def _check_redraw(run: Run) -> None:
+    every, methods = run.redraw_every, layer_methods(run)
+    _expect(every >= 0, "redraw_every", every, "an integer of at least 0")
+    possible = not every or any(redraws(method) for method in methods)
+    used = ", ".join(dict.fromkeys(map(repr, methods)))
+    _expect(possible, "redraw_every", every, f"0, since no layer's method draws constants: {used}; {overriding('redrawn')}")
 
 
 def _check_optimizer(optimizer: Optimizer, steps: int) -> None:

@@ -133,6 +133,12 @@ class LanguageModel(nnx.Module):
             layers.append(kept)
         return DecodingState(tuple(layers)), by_token(self.head, self.norm(x))
 
+    def redraw(self, rng: Array, *, step: Any, every: int) -> None:
+        """Gives every layer whose method redraws its constants those of a training step, by a key of its own."""
+        for i, block in enumerate(self.blocks):
+            if config.redraws(block.attention.method):
+                block.attention.redraw(jax.random.fold_in(rng, i), step=step, every=every)
+
     def power_iteration(self) -> None:
         """Brings the singular vectors of sigma-reparametrised projections up to date; after each training step."""
         for block in self.blocks:

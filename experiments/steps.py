@@ -25,6 +25,7 @@ from experiments.probes import attention_errors
 
 Batch = Any  # {"tokens": integers `B T+1`}, and where not every prediction counts {"counts": booleans `B T`}
 Metrics = dict[str, Array]
+DRAWS = 0x7D4A  # sets the key of redrawn constants apart from those of parameters, which flax numbers from 0
 
 
 class Levers(NamedTuple):
@@ -95,12 +96,14 @@ def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainStat
     `learning_rate`, and `nonfinite`, an index into `nonfinite_names(run)`, -1 while all is well.
     Callers jit it with `donate_argnums=0`.
     """
-    loss_and_gradient, renewed = jax.value_and_grad(_make_loss(run)), _make_renew(run)
+    loss_and_gradient = jax.value_and_grad(_make_loss(run))
+    redrawn, renewed = _make_redraw(run), _make_renew(run)
 
     def step(state: TrainState, batch: Batch, levers: Levers) -> tuple[TrainState, Metrics]:
+        constants = redrawn(state, levers)
         micro = jax.tree.map(lambda x: x.reshape(run.optimizer.accumulate, -1, x.shape[-1]), batch)
         loss, gradients = _mean_over(
-            lambda part: loss_and_gradient(state.parameters, state.constants, part, levers), micro
+            lambda part: loss_and_gradient(state.parameters, constants, part, levers), micro
         )
         rate = levers.learning_rate * unit_schedule(run.optimizer, run.steps, state.step)
         updates, optimizer = descent(run.optimizer).update(gradients, state.optimizer, state.parameters)
@@ -112,10 +115,24 @@ def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainStat
             "learning_rate": rate,
             "nonfinite": first_nonfinite(suspects(loss, gradients, norm, parameters)),
         }
-        constants = renewed(parameters, state.constants)
-        return TrainState(parameters, constants, optimizer, state.step + 1), metrics
+        return TrainState(parameters, renewed(parameters, constants), optimizer, state.step + 1), metrics
 
     return step
+
+
+def _make_redraw(run: Run) -> Callable[[TrainState, Levers], nnx.State]:
+    """The function that gives the constants of a step: drawn in the first one of each period, by seed and step alone."""
+    if not run.redraw_every:
+        return lambda state, levers: state.constants
+    graph = model_graph(run)
+
+    def redraw(state, levers):
+        model = nnx.merge(graph, state.parameters, state.constants)
+        draws = jax.random.fold_in(jax.random.key(levers.seed), DRAWS)
+        model.redraw(draws, step=state.step, every=run.redraw_every)
+        return nnx.state(model, Constant)
+
+    return redraw
 
 
 def _make_renew(run: Run) -> Callable[[nnx.State, nnx.State], nnx.State]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from attention import Performer
 from experiments.checkpoint import Checkpoints
 from experiments.data import training_batches
 from experiments.files import read_json_lines
@@ -81,6 +82,20 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tiny, reference, signum, cod
     train(run, view=viewer(99, None, views))
     assert views[-1].said[0].endswith("goes on after step 11 of 30")
     assert_same_end(run, reference)
+
+
+def test_redrawn_constants_are_those_of_a_run_that_never_stopped(tiny):
+    """Stopped inside a period, after step 11 of periods of 4 that begin at steps 0, 4, 8, ..., 28."""
+    fields = {"attention": Performer(features=8), "redraw_every": 4}
+    whole, run = tiny(name="whole", **fields), tiny(**fields)
+    train(whole)
+    with pytest.raises(Interrupted, match="after step 11 of 30"):
+        train(run, view=viewer(10, lambda: os.kill(os.getpid(), signal.SIGTERM), []))
+    halfway = parameters(run).constants
+    train(run)
+    assert_same_end(run, whole)
+    (before,), (after,) = (jax.tree.leaves(constants) for constants in (halfway, parameters(run).constants))
+    assert not np.array_equal(before, after)
 
 
 def damage_all(step):

@@ -13,7 +13,9 @@ import optax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from attention import Performer
 from attention.exact import Exact
+from attention.linear.couplings import gaussian_rows
 from attention.method import UnsupportedError
 from experiments import files
 from experiments.config import Optimizer, Run
@@ -22,6 +24,7 @@ from experiments.files import append_json_lines, read_json_lines
 from experiments.log import NonFiniteError, Pending
 from experiments.metrics import first_nonfinite, named_leaves
 from experiments.optimizer import descent, unit_schedule
+from experiments.steps import DRAWS
 from experiments.train import levers, main, make_evaluate, make_init, make_step, train
 
 UNIT = float(jnp.finfo(jnp.float32).eps) / 2
@@ -92,6 +95,38 @@ def test_a_population_under_vmap_is_its_members(tiny):
         # inner products of at most D H mlp = 16 + 4 + 24 + context 16 terms a layer.
         np.testing.assert_allclose(metrics["loss"][i], alone["loss"], rtol=2 * (60 + 16) * UNIT)
     assert states.step.tolist() == [1, 1]
+
+
+def test_constants_are_redrawn_by_seed_and_step_alone(tiny):
+    """In a population: its own draws for every seed, new ones at steps 0, 2 and 4, in one program."""
+    run = tiny(attention=Performer(features=8, coupling="iid"), redraw_every=2)
+    points = [levers(tiny(seed=seed)) for seed in (0, 3)]
+    population = jax.tree.map(lambda *x: jnp.stack(x), *points)
+    batch = next(training_batches(run))
+    pair, found = jax.tree.map(lambda x: np.stack([x, x]), batch), []
+    state = jax.jit(jax.vmap(make_init(run)))(population)
+    chex.clear_trace_counter()
+    step = jax.jit(jax.vmap(chex.assert_max_traces(make_step(run), n=1)))
+    for _ in range(5):
+        state, _ = step(state, pair, population)
+        found += jax.tree.leaves(state.constants)
+    for now, projections in enumerate(found):
+        for seed, projection in zip((0, 3), projections, strict=True):
+            layer = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), DRAWS), 0)
+            drawn = gaussian_rows("iid", jax.random.fold_in(layer, now // 2), (8, 4))
+            # The same bits, through a logarithm and a root that other programs may round otherwise.
+            np.testing.assert_allclose(projection, drawn, rtol=16 * UNIT, atol=16 * UNIT)
+        np.testing.assert_array_equal(projections, found[now // 2 * 2])
+    assert len({x.tobytes() for x in map(np.asarray, found)}) == 3
+
+
+def test_a_method_without_constants_is_not_redrawn(tiny):
+    with pytest.raises(ValueError, match=r"redraw_every is 5: expected 0, .*: Exact\(\); methods that can: .*Performer"):
+        make_step(tiny(redraw_every=5))
+    with pytest.raises(ValueError, match="redraw_every is -1"):
+        make_step(tiny(redraw_every=-1))
+    with pytest.raises(UnsupportedError, match="Exact has no constants that are redrawn: methods that can: Performer"):
+        Exact().redrawn(Exact().init(None, num_heads=1, head_dim=4), jax.random.key(0), step=0, every=1)
 
 
 def test_micro_batches_give_the_gradient_of_the_batch(tiny):
