@@ -220,7 +220,9 @@ def _check_redraw(run: Run) -> None:
     _expect(every >= 0, "redraw_every", every, "an integer of at least 0")
     possible = not every or any(redraws(method) for method in methods)
     used = ", ".join(dict.fromkeys(map(repr, methods)))
-    _expect(possible, "redraw_every", every, f"0, since no layer's method draws constants: {used}; {overriding('redrawn')}")
+    _expect(
+        possible, "redraw_every", every, f"0, since no layer's method draws constants: {used}; {overriding('redrawn')}"
+    )
 
 
 def _check_optimizer(optimizer: Optimizer, steps: int) -> None:

@@ -102,9 +102,7 @@ def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainStat
     def step(state: TrainState, batch: Batch, levers: Levers) -> tuple[TrainState, Metrics]:
         constants = redrawn(state, levers)
         micro = jax.tree.map(lambda x: x.reshape(run.optimizer.accumulate, -1, x.shape[-1]), batch)
-        loss, gradients = _mean_over(
-            lambda part: loss_and_gradient(state.parameters, constants, part, levers), micro
-        )
+        loss, gradients = _mean_over(lambda part: loss_and_gradient(state.parameters, constants, part, levers), micro)
         rate = levers.learning_rate * unit_schedule(run.optimizer, run.steps, state.step)
         updates, optimizer = descent(run.optimizer).update(gradients, state.optimizer, state.parameters)
         parameters = jax.tree.map(lambda p, u: p + rate * u, state.parameters, updates)
@@ -121,7 +119,7 @@ def make_step(run: Run) -> Callable[[TrainState, Batch, Levers], tuple[TrainStat
 
 
 def _make_redraw(run: Run) -> Callable[[TrainState, Levers], nnx.State]:
-    """The function that gives the constants of a step: drawn in the first one of each period, by seed and step alone."""
+    """The function that gives the constants of a step: drawn at the start of each period, by seed and step alone."""
     if not run.redraw_every:
         return lambda state, levers: state.constants
     graph = model_graph(run)

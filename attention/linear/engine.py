@@ -9,7 +9,7 @@ of 1, the terms lost to underflow are no longer below rounding and the estimate 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention.checks import traced_check
 from attention.inputs import Inputs
+from attention.linear.chunks import Chunk, chunks, flat, joined, split
 from attention.linear.state import Features, LinearState, Sight, absorb, read, read_causally, with_ones
 from attention.linear.tokens import Keys, Tokens, aligned, all_keys, packed, rows_that_see
 
@@ -42,25 +43,6 @@ class FeatureMap:
     log_decay: Float[Array, "k g"] | None = None
 
 
-class Chunk(NamedTuple):
-    """C tokens of a scan.
-
-    Attributes:
-        key, value: `B C K H` and `B C K E`, as callers have them, flattened: XLA would copy an operand whose axes of
-            size 1 it had moved.
-        position, visible, segment: as in `Keys`, `b C`.
-        last, last_segment: position and segment of the token before the chunk.
-    """
-
-    key: Array
-    value: Array
-    position: Int[Array, "b C"]
-    visible: Bool[Array, "b C"]
-    segment: Int[Array, "b C"] | None
-    last: Int[Array, " b"]
-    last_segment: Int[Array, " b"] | None
-
-
 def attend(inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, "B K G T E"]:
     """Linear attention under the causal mask, the lengths and the segments of `inputs`.
 
@@ -70,6 +52,13 @@ def attend(inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, 
     Raises:
         ValueError: a decay, and no causal mask.
     """
+    return over_rows(inputs, feature_map, chunk, scan_causally, read_all)
+
+
+def over_rows(
+    inputs: Inputs, feature_map: FeatureMap, chunk: int, causally: Callable, whole: Callable
+) -> Float[Array, "B K G T F"]:
+    """What `causally`, called as `scan_causally`, or `whole`, called as `read_all`, gives for every row of `inputs`."""
     mask = inputs.mask
     if feature_map.log_decay is not None and not mask.causal:
         raise ValueError("is_causal is False: expected True, since a decay counts positions back from a query")
@@ -77,11 +66,11 @@ def attend(inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, 
     state = LinearState.empty(B, K, feature_map.groups, feature_map.size, E, inputs.query.dtype)
     if mask.query_segments is not None and mask.key_segments is not None:
         tokens, index = packed(inputs, (mask.query_segments, mask.key_segments))
-        rows = scan_causally(state, tokens, feature_map, chunk)[1]
+        rows = causally(state, tokens, feature_map, chunk)[1]
         return jnp.take_along_axis(rows, index[:, None, None, :, None], axis=3)
     keys = all_keys(inputs)
     if not mask.causal:
-        return read_all(absorb_all(state, keys, feature_map, chunk), inputs, feature_map, chunk)
+        return whole(absorb_all(state, keys, feature_map, chunk), inputs, feature_map, chunk)
     if mask.offset is not None:
         # Every query sees the keys before the first query's own; the others are lined up with the queries.
         first = mask.offset[:, None]
@@ -89,7 +78,7 @@ def attend(inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, 
         # The state is as old as the key before the first query.
         earlier = earlier._replace(position=jnp.minimum(keys.position, first - 1))
         state = absorb_all(state, earlier, feature_map, chunk)
-    return scan_causally(state, aligned(inputs, keys), feature_map, chunk)[1]
+    return causally(state, aligned(inputs, keys), feature_map, chunk)[1]
 
 
 def scan_causally(
@@ -103,17 +92,17 @@ def scan_causally(
     def body(state, now: tuple[Array, Array, Chunk]):
         flat, sees, own = now
         query = jnp.einsum("BCKGH->BKGCH", flat.reshape(B, -1, K, G, H))
-        sight, key, value, age = _seen(own, tokens.keys, feature_map, dtype)
+        sight, key, value, age = seen(own, tokens.keys, feature_map, dtype)
         rows = read_causally(state, feature_map.query(query, own.position).features, key, value, sight)
         output, lost = _normalised(rows, sees[:, None, None, :])
         state = absorb(state, key, value, sight)
         return state if age is None else state.aged(age), (jnp.einsum("BKGCE->BCKGE", output).ravel(), lost)
 
     C = min(chunk, L)
-    query, sees = _flat(jnp.einsum("BKGLH->BLKGH", tokens.query), C), _split(tokens.sees, C)
-    final, (output, lost) = lax.scan(body, state, (query, sees, _chunks(tokens.keys, C)))
+    query, sees = flat(jnp.einsum("BKGLH->BLKGH", tokens.query), C), split(tokens.sees, C)
+    final, (output, lost) = lax.scan(body, state, (query, sees, chunks(tokens.keys, C)))
     _report(lost)
-    return final, jnp.einsum("BLKGE->BKGLE", _joined(output, (B, L, K, G, E)))
+    return final, jnp.einsum("BLKGE->BKGLE", joined(output, (B, L, K, G, E)))
 
 
 def absorb_all(state: LinearState, keys: Keys, feature_map: FeatureMap, chunk: int) -> LinearState:
@@ -121,11 +110,11 @@ def absorb_all(state: LinearState, keys: Keys, feature_map: FeatureMap, chunk: i
 
     @partial(jax.checkpoint, prevent_cse=False)
     def body(state, own: Chunk):
-        _, key, value, age = _seen(own, keys, feature_map, state.top.dtype)
+        _, key, value, age = seen(own, keys, feature_map, state.top.dtype)
         state = absorb(state, key, value)
         return state if age is None else state.aged(age), None
 
-    return lax.scan(body, state, _chunks(keys, min(chunk, keys.key.shape[2])))[0]
+    return lax.scan(body, state, chunks(keys, min(chunk, keys.key.shape[2])))[0]
 
 
 def read_all(state: LinearState, inputs: Inputs, feature_map: FeatureMap, chunk: int) -> Float[Array, "B K G T E"]:
@@ -141,14 +130,14 @@ def read_all(state: LinearState, inputs: Inputs, feature_map: FeatureMap, chunk:
         return jnp.einsum("BKGCE->BCKGE", output).ravel(), lost
 
     C = min(chunk, T)
-    query = _flat(jnp.einsum("BKGTH->BTKGH", inputs.query), C)
-    row = _split(jnp.arange(T)[None], C), _split(rows_that_see(inputs), C)
+    query = flat(jnp.einsum("BKGTH->BTKGH", inputs.query), C)
+    row = split(jnp.arange(T)[None], C), split(rows_that_see(inputs), C)
     output, lost = lax.map(lambda now: body(*now), (query, *row))
     _report(lost)
-    return jnp.einsum("BTKGE->BKGTE", _joined(output, (B, T, K, G, inputs.value.shape[-1])))
+    return jnp.einsum("BTKGE->BKGTE", joined(output, (B, T, K, G, inputs.value.shape[-1])))
 
 
-def _seen(own: Chunk, keys: Keys, feature_map: FeatureMap, dtype: Any) -> tuple[Sight, Features, Array, Array | None]:
+def seen(own: Chunk, keys: Keys, feature_map: FeatureMap, dtype: Any) -> tuple[Sight, Features, Array, Array | None]:
     """Who sees whom in a chunk; its keys' features with log_scale = -inf where there is no key; values; the age.
 
     Ages count from the token before the chunk, or the first of a new segment. That of the state, at the end, is None
@@ -191,34 +180,3 @@ def _normalised(rows: Float[Array, "B K G C E1"], sees: Bool[Array, "b 1 1 C"]) 
 def _report(lost: Int[Array, " chunks"]) -> None:
     message = "the denominators of {n} rows vanish: products of features underflow; raise the temperature"
     traced_check(~lost.any(), message, n=lost.sum())
-
-
-def _chunks(keys: Keys, C: int) -> Chunk:
-    """The keys cut into chunks, which come first."""
-    position, segment = _split(keys.position, C, "edge"), None
-    # Before the first chunk there is no token. Its place is taken by one of the first token's segment, just before it.
-    last, last_segment = jnp.concatenate([position[:1, :, 0] - 1, position[:-1, :, -1]]), None
-    if keys.segment is not None:
-        segment = _split(keys.segment, C, "edge")
-        last_segment = jnp.concatenate([segment[:1, :, 0], segment[:-1, :, -1]])
-    key, value = (_flat(jnp.swapaxes(x, 1, 2), C) for x in (keys.key, keys.value))
-    return Chunk(key, value, position, _split(keys.visible, C), segment, last, last_segment)
-
-
-def _split(x: Array, C: int, mode: str = "constant") -> Array:
-    """Axis 1 padded to a multiple of C, with zeros unless `mode` says otherwise, and cut into chunks in front."""
-    chunks = -(-x.shape[1] // C)
-    x = jnp.pad(x, [(0, chunks * C - n if a == 1 else 0) for a, n in enumerate(x.shape)], mode=mode)
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, C, *x.shape[2:]), 1, 0)
-
-
-def _flat(x: Array, C: int) -> Array:
-    """`_split` with each chunk flattened."""
-    chunks = _split(x, C)
-    return chunks.reshape(chunks.shape[0], -1)
-
-
-def _joined(chunks: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_flat`."""
-    x = jnp.moveaxis(chunks.reshape(len(chunks), shape[0], -1, *shape[2:]), 0, 1)
-    return lax.slice_in_dim(x.reshape(shape[0], -1, *shape[2:]), 0, shape[1], axis=1)

@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention.linear import random_features
+from attention.linear import activations, random_features
 from attention.linear.state import HIGHEST, Features
 from attention.linear.temperature import five_axes, halves
 
@@ -20,6 +20,20 @@ OF_A_TOKEN: dict[str, Callable[[Array, Array], Features]] = {
     "hyperbolic": random_features.hyperbolic_features,
     "relu": random_features.relu_features,
 }
+
+
+def check_constants(kind: Kind, constants: dict[str, Array], rows: int, K: int, H: int) -> None:
+    """Raises ValueError unless the constants are those of K key heads of size H and `rows` rows of W."""
+    shape, expected = constants["projection"].shape, (rows, H)
+    returned = f"pass what this method's init(rng, num_heads=, head_dim={H}) returns"
+    if shape != expected:
+        raise ValueError(f"params: the projection has shape {shape}: expected {expected}; {returned}")
+    needed = {"optimal": activations.standard_spread(), "data_dependent": activations.standard_geometry(H)}
+    for name, standard in needed.get(kind, {}).items():
+        found = constants[name].shape if name in constants else None
+        if found is None or found[0] not in (1, K) or found[1:] != standard.shape[1:]:
+            shapes = f"{standard.shape} or {(K, *standard.shape[1:])}"
+            raise ValueError(f"params: {name} has shape {found}: expected {shapes}; {returned}, or fitted")
 
 
 def kernel_maps(kind: Kind, constants: dict[str, Array], beta: Float[Array, "..."], K: int) -> tuple[Map, Map]:

@@ -51,7 +51,7 @@ def taylor_bound(
     S, C = inputs.mask.num_keys, min(chunk, inputs.mask.num_queries)
     value, size = inputs.value.astype(dtype), norms(inputs.query)
 
-    anchor, V = _around_mean(inputs.mask, value)
+    anchor, V = around_mean(inputs.mask, value)
     distance = V[:, :, None] + norms(output - anchor[:, :, None]) * (1 + _slack(E, dtype))
     largest, far = (max_over_visible(inputs.mask, norms(x)) for x in (value, spread.key))
     raw = max_over_visible(inputs.mask, norms(inputs.key.astype(dtype)))
@@ -74,7 +74,7 @@ def taylor_bound(
     bound = 1.001 * ((remainder + arithmetic + lost) * jnp.exp(shift) + moved)
     # A row of zeros may be one whose denominator vanished.
     known = (bound < distance) & (norms(output) > 0)
-    bound = jnp.where(known, bound, 1.001 * distance + tiny * E + 2 * u * largest) + _output_rounding(inputs, output)
+    bound = jnp.where(known, bound, 1.001 * distance + tiny * E + 2 * u * largest) + output_rounding(inputs, output)
     bound = jnp.where(jnp.isnan(bound), jnp.inf, bound)
     return jnp.where(sees_any(inputs.mask), bound, 0)
 
@@ -93,7 +93,7 @@ def _second_moment(inputs: Inputs, spread: Spread, length, shift, sums) -> Float
 def _radius(inputs: Inputs, spread: Spread, size) -> Float[Array, "B K G T"]:
     """An upper bound on |q.(k - c)| over the visible keys, by a ball and by a box around the centre."""
     dtype, H = inputs.query.dtype, inputs.query.shape[-1]
-    anchor, radius = _around_mean(inputs.mask, spread.key)
+    anchor, radius = around_mean(inputs.mask, spread.key)
     ball = size * (radius + norms(spread.centre - anchor) * (1 + _slack(H, dtype)))[:, :, None]
     upper, lower = (
         at_last_key(inputs.mask, run(spread.key, axis=2)) - spread.centre for run in (lax.cummax, lax.cummin)
@@ -105,7 +105,7 @@ def _radius(inputs: Inputs, spread: Spread, size) -> Float[Array, "B K G T"]:
     return jnp.minimum(ball * (1 + _slack(H, dtype)), jnp.maximum(above, below) + rounding)
 
 
-def _around_mean(mask: Mask, x: Float[Array, "B K S H"]) -> tuple[Array, Array]:
+def around_mean(mask: Mask, x: Float[Array, "B K S H"]) -> tuple[Array, Array]:
     """For each query a point near the mean of the visible x, `B K T H`, and the largest distance from it, `B K T`.
 
     Where causal the point is the mean of the first 2^a rows for the prefixes of 2^a to 2^(a + 1) - 1, so that all
@@ -172,7 +172,7 @@ def _polynomial(x: Float[Array, "..."], order: int) -> Float[Array, "..."]:
     return sum((x**d / math.factorial(d) for d in range(1, order + 1)), jnp.ones_like(x))
 
 
-def _output_rounding(inputs: Inputs, output) -> Float[Array, "B K G T"]:
+def output_rounding(inputs: Inputs, output) -> Float[Array, "B K G T"]:
     """What rounding the output to the dtype of the operands may move it by."""
     dtype = inputs.key.dtype
     if dtype == output.dtype:

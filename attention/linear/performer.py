@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 from attention.inputs import Inputs
 from attention.linear import activations
 from attention.linear.base import Linear
+from attention.linear.concentration import trigonometric_bound
 from attention.linear.couplings import Coupling, gaussian_rows
 from attention.linear.engine import FeatureMap
-from attention.linear.kernel_maps import Kind, kernel_maps
-from attention.method import Capabilities, Cost, Params, check_positive
+from attention.linear.kernel_maps import Kind, check_constants, kernel_maps
+from attention.method import Capabilities, Certificate, Cost, Params, check_positive
 
 PAIRED = ("trigonometric", "hyperbolic")
 """Kinds that make two features of each row of W."""
@@ -53,6 +54,7 @@ class Performer(Linear):
         kind: which phi.
         coupling: how the rows of W depend on each other: `attention.linear.couplings`.
         features: M, even where two features share a row.
+        confidence: of certificates, in (0, 1); for independent trigonometric features alone.
         chunk: C.
 
     References:
@@ -65,6 +67,7 @@ class Performer(Linear):
     kind: Kind = "positive"
     coupling: Coupling = "orthogonal"
     features: int = 256
+    confidence: float = 0.95
 
     capabilities = Capabilities(causal=True, lengths=True, segments=True, cross=True, decoding=True, random=True)
 
@@ -74,19 +77,22 @@ class Performer(Linear):
         for field, choices in (("kind", get_args(Kind)), ("coupling", get_args(Coupling))):
             if getattr(self, field) not in choices:
                 raise ValueError(f"Performer.{field} is {getattr(self, field)!r}: expected one of {choices}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"Performer.confidence is {self.confidence!r}: expected a probability between 0 and 1")
         if self.kind in PAIRED and self.features % 2:
             raise ValueError(f"Performer.features is {self.features}: expected an even number for kind={self.kind!r}")
         if self.kind == "trigonometric":
             # Numerators and denominators cancel, by as much as chance has it: no multiple of a bound holds.
-            unbounded = dataclasses.replace(type(self).capabilities, rounding=math.inf)
-            object.__setattr__(self, "capabilities", unbounded)
+            certificate = "probabilistic" if self.coupling == "iid" else "none"
+            own = dataclasses.replace(type(self).capabilities, rounding=math.inf, certificate=certificate)
+            object.__setattr__(self, "capabilities", own)
 
     @classmethod
     def examples(cls) -> "tuple[Performer, ...]":
         return (
             cls(features=24, chunk=5),
-            cls(kind="trigonometric", coupling="simplex", features=256, chunk=5),
-            cls(kind="data_dependent", coupling="iid", features=24, chunk=5),
+            cls(kind="trigonometric", coupling="iid", features=256, chunk=5),
+            cls(kind="data_dependent", coupling="simplex", features=24, chunk=5),
         )
 
     def ladder(self, length: int) -> "tuple[Performer, ...]":
@@ -168,28 +174,35 @@ class Performer(Linear):
         grouped = query.astype(wide).reshape(B, T, K, N // K, H)
         return params._replace(constants={**params.constants, **samples[self.kind](grouped, key.astype(wide))})
 
+    def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate | None]:
+        if self.capabilities.certificate == "none":
+            return super().certify(inputs)
+        output, feature_map, projection = (
+            self.attend(inputs),
+            self.feature_map(inputs),
+            self._constants(inputs)["projection"],
+        )
+        given: dict[str, Any] = {"confidence": self.confidence, "chunk": self.chunk}
+        bound = trigonometric_bound(inputs, output, feature_map, projection, **given)
+        one, nothing = jnp.ones((), bound.dtype), jnp.zeros_like(bound)
+        return output, Certificate(
+            error_bound=bound, dropped_mass=nothing, work=one, kind="probabilistic", confidence=self.confidence
+        )
+
     def feature_map(self, inputs: Inputs) -> FeatureMap:
-        (_, K, G, _, H), dtype = inputs.query.shape, inputs.query.dtype
-        params = inputs.params
-        if params is None:
-            params = self.init(inputs.rng, num_heads=K * G, head_dim=H)
-        constants = {name: jnp.asarray(x, dtype) for name, x in params.constants.items()}
-        self._check(constants, K, H)
+        _, K, G, _, _ = inputs.query.shape
+        constants = self._constants(inputs)
         own = inputs.beta.ndim > 0 and G > 1  # a temperature for each head of a group
         query, key = kernel_maps(self.kind, constants, inputs.beta, K)
         return FeatureMap(query=query, key=key, size=self.features, groups=G if own else 1)
 
-    def _check(self, constants: dict[str, Array], K: int, H: int) -> None:
-        shape, expected = constants["projection"].shape, (self.rows, H)
-        returned = f"pass what this method's init(rng, num_heads=, head_dim={H}) returns"
-        if shape != expected:
-            raise ValueError(f"params: the projection has shape {shape}: expected {expected}; {returned}")
-        needed = {"optimal": activations.standard_spread(), "data_dependent": activations.standard_geometry(H)}
-        for name, standard in needed.get(self.kind, {}).items():
-            found = constants[name].shape if name in constants else None
-            if found is None or found[0] not in (1, K) or found[1:] != standard.shape[1:]:
-                shapes = f"{standard.shape} or {(K, *standard.shape[1:])}"
-                raise ValueError(f"params: {name} has shape {found}: expected {shapes}; {returned}, or fitted")
+    def _constants(self, inputs: Inputs) -> dict[str, Array]:
+        (_, K, G, _, H), params = inputs.query.shape, inputs.params
+        if params is None:
+            params = self.init(inputs.rng, num_heads=K * G, head_dim=H)
+        constants = {name: jnp.asarray(x, inputs.query.dtype) for name, x in params.constants.items()}
+        check_constants(self.kind, constants, self.rows, K, H)
+        return constants
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """The engine's, and the projection of every query and key."""

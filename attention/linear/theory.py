@@ -15,6 +15,7 @@ from typing import get_args
 import numpy as np
 from jaxtyping import Float
 
+from attention.linear import rectified
 from attention.linear.couplings import Coupling
 from attention.linear.kernel_maps import Kind
 from attention.linear.performer import PAIRED
@@ -27,8 +28,8 @@ Numbers = Float[np.ndarray, "..."] | float
 def expected_kernel(kind: Kind, x: Tokens, y: Tokens) -> Numbers:
     """The mean of phi(x).phi(y): e^{x.y}, or the kernel of `relu`; the same under every coupling."""
     if kind == "relu":
-        X, Y, c = _polar(x, y)
-        moments = _rectified(c)
+        X, Y, c = rectified.polar(x, y)
+        moments = rectified.moments(c)
         return X * Y * moments[1, 1] + RELU_FLOOR * (X + Y) * moments[1, 0] + RELU_FLOOR**2
     return np.exp((x * y).sum(-1))
 
@@ -129,7 +130,7 @@ def _row_variance(kind: Kind, x: Tokens, y: Tokens, ratio: Numbers) -> Numbers:
             z = s if kind == "hyperbolic" else t
             return -np.expm1(z) * np.expm1(-z) / 2
         if kind == "relu":
-            return _rectified_second_moment(x, y) / expected_kernel(kind, x, y) ** 2 - 1
+            return rectified.second_moment(x, y) / expected_kernel(kind, x, y) ** 2 - 1
         per_coordinate = np.log((ratio + 1) / (2 * np.sqrt(ratio))) + ratio * (x + y) ** 2
         return np.expm1(per_coordinate.sum(-1))
 
@@ -183,31 +184,3 @@ def _kummer(z: Numbers, part: Numbers, H: int) -> Numbers:
     logs = np.where(np.arange(k.size + 1) == 0, 0.0, logs)  # 0 log 0
     rest = np.asarray(np.where(z >= 0, -z, np.abs(z) - u))
     return (signs * np.exp(logs + rest[..., None])).sum(-1)
-
-
-def _polar(x: Tokens, y: Tokens) -> tuple[Numbers, Numbers, Numbers]:
-    """|x|, |y| and the cosine of their angle."""
-    X, Y = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
-    product = np.where(X * Y > 0, X * Y, 1)
-    return X, Y, np.clip((x * y).sum(-1) / product, -1, 1)
-
-
-def _rectified(c: Numbers) -> dict[tuple[int, int], Numbers]:
-    """E[max(a, 0)^i max(b, 0)^j] of standard normal a and b with correlation c (Cho and Saul 2009, section 2)."""
-    angle, sine, one = np.arccos(c), np.sqrt(1 - c * c), np.ones_like(c)
-    mixed = (1 + c) ** 2 / (2 * math.sqrt(2 * math.pi))
-    return {
-        (1, 0): one / math.sqrt(2 * math.pi),
-        (2, 0): one / 2,
-        (1, 1): (sine + (math.pi - angle) * c) / (2 * math.pi),
-        (2, 1): mixed,
-        (2, 2): (3 * sine * c + (math.pi - angle) * (1 + 2 * c * c)) / (2 * math.pi),
-    }
-
-
-def _rectified_second_moment(x: Tokens, y: Tokens) -> Numbers:
-    """E[(max(w.x, 0) + e)^2 (max(w.y, 0) + e)^2], e the floor."""
-    (X, Y, c), e = _polar(x, y), RELU_FLOOR
-    r = _rectified(c)
-    squares = X**2 * Y**2 * r[2, 2] + e**2 * (X**2 + Y**2) * r[2, 0] + 4 * e**2 * X * Y * r[1, 1] + e**4
-    return squares + 2 * e * X * Y * (X + Y) * r[2, 1] + 2 * e**3 * (X + Y) * r[1, 0]

@@ -121,7 +121,9 @@ def test_constants_are_redrawn_by_seed_and_step_alone(tiny):
 
 
 def test_a_method_without_constants_is_not_redrawn(tiny):
-    with pytest.raises(ValueError, match=r"redraw_every is 5: expected 0, .*: Exact\(\); methods that can: .*Performer"):
+    with pytest.raises(
+        ValueError, match=r"redraw_every is 5: expected 0, .*: Exact\(\); methods that can: .*Performer"
+    ):
         make_step(tiny(redraw_every=5))
     with pytest.raises(ValueError, match="redraw_every is -1"):
         make_step(tiny(redraw_every=-1))

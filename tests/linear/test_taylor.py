@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attention import Taylor, certified_attention, dot_product_attention
-from attention.linear.taylor import monomials, query_features
+from attention.linear.monomials import monomials, query_features
 from attention.testing.accuracy import certificate_failures
 from attention.testing.cases import SAME, draw
 
