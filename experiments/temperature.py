@@ -1,13 +1,13 @@
 """The error of every method over the temperature, at equal work, on random operands and on those of a trained model."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich.console import Console
@@ -16,30 +16,18 @@ from rich.table import Table
 
 import attention
 from attention.method import METHODS, Method
-from experiments import steps
-from experiments.config import Data, Model, Run
-from experiments.data import training_batches, validation_batches
 from experiments.drawing import COLOURS, MARKERS
+from experiments.operands import Operands, normal, trained
 
 # A colour a method: those of the other figures, and six between them.
 PALETTE = (*COLOURS, "#5B2C83", "#7F7F7F", "#8C4A2F", "#1B1B1F", "#A6A000", "#B2182B")
-
-
-class Operands(NamedTuple):
-    """Queries `B T N H`, keys and values `B S K H`, where they come from, and whether they are attended to causally."""
-
-    name: str
-    query: Any
-    key: Any
-    value: Any
-    causal: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Temperature:
     """Error against exact attention over the temperature, of every method at its largest budget within equal work."""
 
-    lengths: tuple[int, ...] = (4096,)
+    lengths: tuple[int, ...] = (256, 4096)
     """Tokens of the random operands, T = S; one panel each."""
     temperatures: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
     """Temperatures; beta is 1 / (sqrt(H) temperature)."""
@@ -47,6 +35,12 @@ class Temperature:
     """Size of a head of the random operands, H; there is one head, with standard normal entries."""
     budget: float = 1.0
     """The most operations that a method may take, as a share of those of exact attention."""
+    also: tuple[str, ...] = (
+        "TopK(k=16)",
+        "Performer(features=256, coupling='iid')",
+        "Performer(features=1024, coupling='iid', kind='trigonometric')",
+    )
+    """Methods that are measured too, whatever work they take."""
     steps: int = 120
     """Steps that the language model is trained for, whose operands the last panel has; 0 leaves it out."""
     context: int = 1024
@@ -60,45 +54,28 @@ class Temperature:
         found = [normal(T, self.head_size, self.seed) for T in self.lengths]
         if self.steps:
             found.append(trained(self.context, self.steps, self.seed))
-        return [errors(operands, self.temperatures, self.budget, self.seed) for operands in found]
+        also = tuple(attention.parse_method(expression) for expression in self.also)
+        return [errors(operands, self.temperatures, self.budget, also, self.seed) for operands in found]
 
 
-def normal(T: int, H: int, seed: int) -> Operands:
-    """One head of independent standard normal operands."""
-    draw = np.random.default_rng(seed).standard_normal((3, 1, T, 1, H)).astype(np.float32)
-    return Operands(f"standard normal, {T} keys", *draw)
+def errors(
+    operands: Operands, temperatures: tuple[float, ...], budget: float, also: tuple[Method, ...] = (), seed: int = 0
+) -> dict[str, Any]:
+    """The error of every registered method that is not exact, at each temperature, and what its certificate says.
 
-
-def trained(context: int, count: int, seed: int) -> Operands:
-    """The operands in every layer of a small language model, trained for `count` steps on text it then continues.
-
-    Layers stand along the batch axis.
+    Beside them the entropy of softmax as a share of the logarithm of the keys' number, and the mass of the 16 largest
+    weights, means over rows and heads.
     """
-    run = Run(model=Model(context=context), data=Data(batch=2), steps=count, seed=seed)
-    levers = steps.levers(run)
-    step = jax.jit(steps.make_step(run), donate_argnums=0)
-    state = jax.jit(steps.make_init(run))(levers)
-    batches = iter(training_batches(run))
-    for _ in range(count):
-        state, _ = step(state, next(batches), levers)
-    model = nnx.merge(steps.model_graph(run), state.parameters, state.constants)
-    text = next(iter(validation_batches(run)))["tokens"][:1, :-1]
-    _, layers = model.observed(text, **steps.training_numbers(run, levers))
-    query, key, value = (np.concatenate(x) for x in zip(*layers, strict=True))
-    return Operands(f"a model after {count} steps, {context} tokens, causal", query, key, value, causal=True)
-
-
-def errors(operands: Operands, temperatures: tuple[float, ...], budget: float, seed: int = 0) -> dict[str, Any]:
-    """The error of every registered method that is not exact, at each temperature, and what its certificate says."""
     case = [jnp.asarray(x) for x in (operands.query, operands.key, operands.value)]
     exact = jax.jit(lambda t, *case: attend(attention.Chunked(), case, None, t, operands.causal)[0])
     truth = [np.asarray(exact(t, *case), np.float64) for t in temperatures]
     centred = np.asarray(operands.value, np.float64) - np.mean(operands.value, axis=1, keepdims=True, dtype=np.float64)
     radius = float(np.linalg.norm(centred, axis=-1).max())
     console = Console(stderr=True)
-    chosen = [pair for cls in METHODS.values() if (pair := within(cls, operands, budget))]
+    chosen = dict(pair for cls in METHODS.values() if (pair := within(cls, operands, budget)))
+    chosen |= {method: work(method, operands) for method in also}
     rows: dict[str, Any] = {}
-    for method, share in track(chosen, operands.name, console=console, disable=not console.is_terminal):
+    for method, share in track(chosen.items(), operands.name, console=console, disable=not console.is_terminal):
         heads, size = operands.query.shape[-2:]
         params = method.init(jax.random.key(seed), num_heads=heads, head_dim=size)
         call = jax.jit(lambda t, params, *case, method=method: attend(method, case, params, t, operands.causal))
@@ -117,12 +94,16 @@ def errors(operands: Operands, temperatures: tuple[float, ...], budget: float, s
             row["largest_bound_over_radius"] = [float(bound.max()) for bound in bounds]
             row["rows_certified_to_0.1"] = [float((bound <= 0.1).mean()) for bound in bounds]
         rows[repr(method)] = row
+    seen = jax.jit(lambda t, *case: attention.diagnostics(*case[:2], k=16, temperature=t, is_causal=operands.causal))
+    sharpness = [seen(t, *case) for t in temperatures]
     return {
         "operands": operands.name,
         "shape": list(operands.query.shape),
         "temperatures": list(temperatures),
         "budget": budget,
         "radius": radius,
+        "entropy_over_log": [float(x.entropy.mean()) / math.log(operands.key.shape[1]) for x in sharpness],
+        "top_16_mass": [float(x.top_mass.mean()) for x in sharpness],
         "methods": rows,
     }
 
@@ -142,17 +123,21 @@ def within(cls: type[Method], operands: Operands, budget: float) -> tuple[Method
     With its operations as a share of those of exact attention. None for exact methods, and for those that cannot take
     these operands.
     """
-    _, T, N, H = operands.query.shape
-    S, can = operands.key.shape[1], cls.capabilities
+    can = cls.capabilities
     if can.exact or (operands.causal and not can.causal):
         return None
-    sizes = {"num_heads": N, "head_dim": H, "is_causal": operands.causal}
-    whole = attention.Exact().cost(T, S, **sizes).flops
-    shares = {method: method.cost(T, S, **sizes).flops / whole for method in (cls(), *cls().ladder(S))}
+    shares = {method: work(method, operands) for method in (cls(), *cls().ladder(operands.key.shape[1]))}
     affordable = {method: share for method, share in shares.items() if share <= budget}
     if affordable:
         return max(affordable.items(), key=lambda pair: pair[1])
     return min(shares.items(), key=lambda pair: pair[1])
+
+
+def work(method: Method, operands: Operands) -> float:
+    """The operations of a method as a share of those of exact attention."""
+    _, T, N, H = operands.query.shape
+    S, sizes = operands.key.shape[1], {"num_heads": N, "head_dim": H, "is_causal": operands.causal}
+    return method.cost(T, S, **sizes).flops / attention.Exact().cost(T, S, **sizes).flops
 
 
 def figure(results: list[dict[str, Any]]) -> Figure:

@@ -138,10 +138,11 @@ def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, mo
     """A method is measured because it is registered; exact ones are what the others are measured against."""
     methods = {"linearelu": attention.LinearElu, "taylor": attention.Taylor, "exact": attention.Exact}
     monkeypatch.setattr(temperature, "METHODS", methods)
-    options = "--lengths 48 --head-size 4 --temperatures 1 8 --budget 0.2 --steps 0"
+    options = "--lengths 48 --head-size 4 --temperatures 1 8 --budget 0.2 --steps 0 --also"
     benchmark.main(["temperature", *options.split(), "--out", str(tmp_path)])
     (found,) = json.loads((tmp_path / "results.json").read_text())["cells"]
     # Of 48 keys, order 1 with its 5 features takes 2 (48 + 48) 5 (4 + 1) of 4 48 48 4 operations; order 2 takes 15.
+    assert 0 < found["entropy_over_log"][0] < found["entropy_over_log"][1] < 1
     assert list(found["methods"]) == ["LinearElu(chunk=128)", "Taylor(chunk=128, order=1)"]
     elu, taylor = found["methods"].values()
     assert taylor["share_of_exact_operations"] == 2 * 96 * 5 * 5 / (4 * 48 * 48 * 4)
