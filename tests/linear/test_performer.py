@@ -149,7 +149,7 @@ def test_redrawing_follows_the_step_and_the_key_alone():
         method.redrawn(params, rng, step=0, every=0)
 
 
-BAD = [{"features": 0}, {"chunk": -1}, {"chunk": True}, {"features": 7, "kind": "hyperbolic"}]
+BAD = [{"features": 0}, {"confidence": 1.0}, {"chunk": -1}, {"chunk": True}, {"features": 7, "kind": "hyperbolic"}]
 
 
 @pytest.mark.parametrize("fields", BAD)
