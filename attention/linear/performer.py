@@ -44,11 +44,13 @@ class Performer(Linear):
 
     Cost: 2 M (2 H + E) operations a token (3 H / 2 + E where two features share a row; 2 H^2 more if data-dependent),
     and where causal 2 C (M + E) more; a state of M (E + 1) numbers.
-    Error bound: no bound known for the output that is finite at useful temperatures; `docs/bounds.md` says why. The
-    kernel estimate is unbiased for every kind but `relu`, under every coupling, and `attention.linear.theory` has
-    its variance: (e^{|x+y|^2} - 1) / M relative to e^{2 x.y} for positive features, so that the features needed
-    (`attention.linear.features_needed`) grow as e^{1 / temperature}. Where every product of features in a row
-    underflows (logits of hundreds) the estimate is lost: the row is 0, and `jax.experimental.checkify` reports it.
+    Error bound: probabilistic for independent trigonometric features, `attention.linear.concentration`, over a draw of
+    W that does not depend on the operands; for the others no bound is known that is finite at useful temperatures, and
+    `docs/bounds.md` says why. The kernel estimate is unbiased for every kind but `relu`, under every coupling, and
+    `attention.linear.theory` has its variance: (e^{|x+y|^2} - 1) / M relative to e^{2 x.y} for positive features, so
+    that the features needed (`attention.linear.features_needed`) grow as e^{1 / temperature}. Where every product of
+    features in a row underflows (logits of hundreds) the estimate is lost: the row is 0, and
+    `jax.experimental.checkify` reports it.
 
     Attributes:
         kind: which phi.
