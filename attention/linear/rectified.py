@@ -7,10 +7,11 @@ from jaxtyping import Float
 
 from attention.linear.random_features import RELU_FLOOR
 
+Tokens = Float[np.ndarray, "... H"]
 Numbers = Float[np.ndarray, "..."] | float
 
 
-def polar(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+def polar(x: Tokens, y: Tokens) -> tuple[Numbers, Numbers, Numbers]:
     """|x|, |y| and the cosine of their angle."""
     X, Y = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
     product = np.where(X * Y > 0, X * Y, 1)
@@ -30,7 +31,7 @@ def moments(c: Numbers) -> dict[tuple[int, int], Numbers]:
     }
 
 
-def second_moment(x: Numbers, y: Numbers) -> Numbers:
+def second_moment(x: Tokens, y: Tokens) -> Numbers:
     """E[(max(w.x, 0) + e)^2 (max(w.y, 0) + e)^2], e the floor."""
     (X, Y, c), e = polar(x, y), RELU_FLOOR
     r = moments(c)

@@ -3,6 +3,8 @@
 The kernel estimates themselves are tested in `test_random_features.py`.
 """
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from attention import Performer, dot_product_attention
 from attention.linear.couplings import gaussian_rows
+from attention.linear.kernel_maps import Kind
 from attention.linear.random_features import positive_features
 from attention.testing import LAWS
 from attention.testing.law import counted_compilations
@@ -80,6 +83,27 @@ def test_error_falls_as_one_over_the_root_of_the_features():
 @pytest.mark.parametrize("kind", ["hyperbolic", "relu", "optimal"])
 def test_kinds_that_no_example_has_are_causal_bit_for_bit(kind):
     LAWS["the_future_does_not_exist"](Performer(kind=kind, features=24, chunk=5))
+
+
+def test_decoding_knows_no_future_with_any_kind():
+    """Tokens appended with those before them change no bit of these, whatever they are."""
+    now, query = 6, np.random.default_rng(8).standard_normal((1, 13, 2, 8)).astype(np.float32)
+
+    @jax.jit
+    def decoded(query):
+        outputs = []
+        for kind in get_args(Kind):
+            method = Performer(kind=kind, coupling="iid", features=24, chunk=5)
+            params = method.init(jax.random.key(1), num_heads=2, head_dim=8)
+            state = method.init_state(1, 2, 8, 13, jnp.float32)
+            outputs.append(method.extend(state, query, query, query, params=params)[1][:, :now])
+        return outputs
+
+    before = decoded(query)
+    for factor in (2, 40, 1e4):
+        changed = np.concatenate([query[:, :now], np.float32(factor) * query[:, now:]], axis=1)
+        for kind, after, same in zip(get_args(Kind), decoded(changed), before, strict=True):
+            np.testing.assert_array_equal(after, same, err_msg=kind)
 
 
 def test_fitted_statistics_are_those_of_each_head_and_causal():
