@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from attention.inputs import Inputs
 from attention.linear.chunks import chunks, flat, joined, split
 from attention.linear.engine import FeatureMap, over_rows, seen
-from attention.linear.moments import around_mean, output_rounding
+from attention.linear.moments import around_mean, gamma, output_rounding
 from attention.linear.state import LinearState, absorb
 from attention.linear.temperature import halves
 from attention.linear.tokens import Tokens
@@ -169,12 +169,7 @@ def _rounding(inputs: Inputs, projection: Array, chunk: int) -> tuple[Array, Arr
     depth = (
         2 * S + 2 if inputs.mask.causal or inputs.mask.query_segments is not None else 2 * chunk + 2 * -(-S // chunk)
     )
-    lengths = _gamma((2 * m + depth + 48) * u_p + (H + 24) * (y**2 + 2 * math.log(m) + 2) * u)
+    lengths = gamma((2 * m + depth + 48) * u_p + (H + 24) * (y**2 + 2 * math.log(m) + 2) * u)
     weights = lengths + float(jnp.finfo(dtype).tiny) * S * m
-    angles = (_gamma(H * u_p) + 8 * u) * norms(projection).max() * (x + y)
+    angles = (gamma(H * u_p) + 8 * u) * norms(projection).max() * (x + y)
     return weights, weights + 2 * angles + 20 * u * x * y
-
-
-def _gamma(x):
-    """X / (1 - x), which bounds the product of factors 1 + d whose |d| add up to x; infinite from x = 1."""
-    return jnp.where(x < 1, x / jnp.where(x < 1, 1 - x, 1), jnp.inf)

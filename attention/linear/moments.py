@@ -59,8 +59,8 @@ def taylor_bound(
 
     # How far the mean of x may be from 0: a sum in a tree, a quotient, a product and the difference k - f are rounded.
     tree = 2 * math.ceil(math.log2(S + 1)) + 4
-    shift = _gamma(H * u_p + (tree + 4) * u) * size * jnp.maximum(far, raw)
-    sums = _gamma((features + 2 * C + 2 * -(-S // C) + 16) * u_p + (8 * order + 16) * u)
+    shift = gamma(H * u_p + (tree + 4) * u) * size * jnp.maximum(far, raw)
+    sums = gamma((features + 2 * C + 2 * -(-S // C) + 16) * u_p + (8 * order + 16) * u)
     moment = _second_moment(inputs, spread, length, shift, sums)
     radius = _radius(inputs, spread, size) + shift
 
@@ -186,6 +186,6 @@ def _slack(H: int, dtype) -> float:
     return (H + 8) * float(jnp.finfo(dtype).eps)
 
 
-def _gamma(x):
+def gamma(x):
     """X / (1 - x), which bounds the product of factors 1 + d whose |d| add up to x; infinite from x = 1."""
     return jnp.where(x < 1, x / jnp.where(x < 1, 1 - x, 1), jnp.inf)
