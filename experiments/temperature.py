@@ -22,6 +22,8 @@ from experiments.operands import Operands, normal, trained
 # A colour a method: those of the other figures, and six between them.
 PALETTE = (*COLOURS, "#5B2C83", "#7F7F7F", "#8C4A2F", "#1B1B1F", "#A6A000", "#B2182B")
 
+FILLS = ("full", "none", "left")  # of the markers of one class's configurations
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Temperature:
@@ -148,7 +150,7 @@ of the values. Methods beyond the budget are dashed."""
     names = list(dict.fromkeys(name for result in results for name in result["methods"]))
     classes = list(dict.fromkeys(name.partition("(")[0] for name in names))
     for (above, below), result in zip(grid.T, results, strict=True):
-        temperatures = result["temperatures"]
+        temperatures, drawn = result["temperatures"], []
         for name, row in result["methods"].items():
             place = classes.index(name.partition("(")[0])
             share = row["share_of_exact_operations"]
@@ -156,8 +158,10 @@ of the values. Methods beyond the budget are dashed."""
                 "color": PALETTE[place % len(PALETTE)],
                 "marker": MARKERS[place % len(MARKERS)],
                 "markersize": 4,
+                "fillstyle": FILLS[drawn.count(place) % len(FILLS)],
                 "linestyle": "-" if share <= result["budget"] else "--",
             }
+            drawn.append(place)
             above.plot(temperatures, row["relative_error"], label=f"{name}: {share:.2g}", **style)
             below.plot(temperatures, row["error_over_radius"], **style)
             if "bound_over_radius" in row:
