@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,10 @@ from experiments import steps
 from experiments.config import Data, Model, Run
 from experiments.data import training_batches, validation_batches
 from experiments.drawing import COLOURS, MARKERS
+from experiments.operands import Operands, concatenated, load
 
 # A colour a method: those of the other figures, and six between them.
 PALETTE = (*COLOURS, "#5B2C83", "#7F7F7F", "#8C4A2F", "#1B1B1F", "#A6A000", "#B2182B")
-
-
-class Operands(NamedTuple):
-    """Queries `B T N H`, keys and values `B S K H`, where they come from, and whether they are attended to causally."""
-
-    name: str
-    query: Any
-    key: Any
-    value: Any
-    causal: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +42,8 @@ class Temperature:
     """Steps that the language model is trained for, whose operands the last panel has; 0 leaves it out."""
     context: int = 1024
     """Tokens of the language model's sequences."""
+    operands: tuple[Path, ...] = ()
+    """Files of `python -m experiments.capture`; one panel each, after the others."""
     seed: int = 0
     """Draws operands, parameters and constants."""
     out: Path = Path("runs/benchmark/temperature")
@@ -60,6 +53,7 @@ class Temperature:
         found = [normal(T, self.head_size, self.seed) for T in self.lengths]
         if self.steps:
             found.append(trained(self.context, self.steps, self.seed))
+        found += [concatenated(load(path)) for path in self.operands]
         return [errors(operands, self.temperatures, self.budget, self.seed) for operands in found]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import attention
 from experiments import benchmark, temperature
+from experiments.operands import Layer, save
 from experiments.contestants import Cell, jax_nn, ours
 from experiments.linear import crossover
 from experiments.timing import interleaved, ratios
@@ -53,12 +54,24 @@ def test_random_features_are_measured_beside_their_closed_forms(tmp_path, capsys
     assert "closed form" in capsys.readouterr().out
 
 
-def test_certificates_are_measured(tmp_path, capsys):
-    options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --tolerances 0.01"
-    benchmark.main(["certified", *options.split(), "--bounds", "ball", "--rounds", "1", "--out", str(tmp_path)])
+@pytest.fixture
+def captured(tmp_path):
+    """A file of the operands of two layers."""
+    path = tmp_path / "elsewhere" / "run.safetensors"
+    draw = np.random.default_rng(0).standard_normal((2, 3, 1, 128, 1, 8))
+    layers = [Layer(query=q, key=k, value=v, beta=np.full(1, 8**-0.5)) for q, k, v in draw]
+    save(path, layers, "a run")
+    return str(path)
+
+
+def test_certificates_are_measured(tmp_path, captured, capsys):
+    options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --tolerances 0.01 --bounds ball"
+    command = ["certified", *options.split(), "--operands", captured, "--rounds", "1", "--out", str(tmp_path)]
+    benchmark.main(command)
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     looked_at, races = [x for x in cells if "family" in x], [x for x in cells if "label" in x]
-    assert len(looked_at) == 4 * 2
+    assert len(looked_at) == (4 + 2) * 2
+    assert looked_at[-1]["family"] == "a run, layer 1"
     assert len(races) == 4
     for cell in looked_at:
         assert cell["violations"] == 0
@@ -134,13 +147,17 @@ def test_a_trainers_speed_is_measured(tmp_path):
         np.testing.assert_allclose(peer["losses"], ours["losses"], rtol=1e-4)
 
 
-def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, monkeypatch, capsys):
+def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, captured, monkeypatch, capsys):
     """A method is measured because it is registered; exact ones are what the others are measured against."""
     methods = {"linearelu": attention.LinearElu, "taylor": attention.Taylor, "exact": attention.Exact}
     monkeypatch.setattr(temperature, "METHODS", methods)
     options = "--lengths 48 --head-size 4 --temperatures 1 8 --budget 0.2 --steps 0"
-    benchmark.main(["temperature", *options.split(), "--out", str(tmp_path)])
-    (found,) = json.loads((tmp_path / "results.json").read_text())["cells"]
+    benchmark.main(["temperature", *options.split(), "--operands", captured, "--out", str(tmp_path)])
+    results = (tmp_path / "results.json").read_text()
+    assert str(tmp_path) not in results
+    found, of_a_run = json.loads(results)["cells"]
+    assert of_a_run["operands"] == "a run"
+    assert of_a_run["shape"] == [2, 128, 1, 8]
     # Of 48 keys, order 1 with its 5 features takes 2 (48 + 48) 5 (4 + 1) of 4 48 48 4 operations; order 2 takes 15.
     assert list(found["methods"]) == ["LinearElu(chunk=128)", "Taylor(chunk=128, order=1)"]
     elu, taylor = found["methods"].values()
