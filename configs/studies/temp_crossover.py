@@ -30,17 +30,20 @@ from experiments.study_figures import Summary, chosen, curves, keys_below, power
 from experiments.temperature import Temperature
 
 
+MEASURES = {"error": "relative_error", "certified": "rows_certified_to_0.1"}
+
+
 def measure(work: Work, benchmark: Temperature, seeds: int) -> list[Row]:
     del work  # nothing is kept
     rows = []
     for seed in range(seeds):
         for result in dataclasses.replace(benchmark, seed=seed).measured():
             for method, found in result["methods"].items():
-                pairs = zip(result["temperatures"], found["relative_error"], strict=True)
-                axes = {"operands": result["operands"], "method": method}
-                rows += [
-                    {"axes": axes | {"temperature": t}, "seed": seed, "numbers": {"error": error}} for t, error in pairs
-                ]
+                axes = {"operands": result["operands"], "method": method.partition("(")[0], "configuration": method}
+                measures = {name: found[key] for name, key in MEASURES.items() if key in found}
+                for index, temperature in enumerate(result["temperatures"]):
+                    numbers = {name: series[index] for name, series in measures.items()}
+                    rows.append({"axes": axes | {"temperature": temperature}, "seed": seed, "numbers": numbers})
     return rows
 
 
@@ -48,13 +51,14 @@ def figure(summary: Summary) -> Figure:
     """Error relative to the exact output over the temperature, each method at the work of exact attention at most. \
 Means over seeds, with bands over all of them."""
     drawing, grid = panels(len(values(summary, "operands")), width=5.4, height=4.6, sharey=True)
+    methods = values(summary, "method")
     for panel, name in zip(grid, values(summary, "operands"), strict=True):
         rows = chosen(summary, operands=name)
-        curves(panel, rows, "temperature", "error", "method")
+        curves(panel, rows, "temperature", "error", "method", methods)
         powers(panel, values(rows, "temperature"), "temperature")
         panel.set(yscale="log", title=name)
     grid[0].set_ylabel("error / norm of the exact output")
-    keys_below(drawing, grid[0], columns=3)
+    keys_below(drawing, grid[0], columns=4)
     return drawing
 
 
