@@ -28,9 +28,7 @@ def values(summary: Summary, axis: str) -> list[Any]:
     return list(dict.fromkeys(row["axes"][axis] for row in summary if axis in row["axes"]))
 
 
-def curves(
-    axes: Axes, summary: Summary, x: str, number: str, line: str, names: Sequence[Any] | None = None
-) -> None:
+def curves(axes: Axes, summary: Summary, x: str, number: str, line: str, names: Sequence[Any] | None = None) -> None:
     """The mean of a number over the axis `x`, a line for each value of the axis `line`, with a band over all seeds.
 
     A line has a gap where there is no mean. Panels that are given the same `names` show a name alike, whether or not

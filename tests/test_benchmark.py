@@ -7,9 +7,9 @@ import pytest
 
 import attention
 from experiments import benchmark, temperature
-from experiments.operands import Layer, save
 from experiments.contestants import Cell, jax_nn, ours
 from experiments.linear import crossover
+from experiments.operands import Layer, save
 from experiments.timing import interleaved, ratios
 
 

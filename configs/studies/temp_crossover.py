@@ -29,7 +29,6 @@ from experiments.studies import Row, Study, Work
 from experiments.study_figures import Summary, chosen, curves, keys_below, powers, values
 from experiments.temperature import Temperature
 
-
 MEASURES = {"error": "relative_error", "certified": "rows_certified_to_0.1"}
 
 
