@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import attention
-from experiments import certified, features, linear, memory, race, sparse, temperature, throughput
+from experiments import certified, features, linear, memory, probe_cost, race, sparse, temperature, throughput
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment, keep_memory
@@ -157,6 +157,7 @@ Benchmark = (
     | Annotated[temperature.Temperature, tyro.conf.subcommand("temperature")]
     | Annotated[linear.Linear, tyro.conf.subcommand("linear")]
     | Annotated[features.Features, tyro.conf.subcommand("features")]
+    | Annotated[probe_cost.Probes, tyro.conf.subcommand("probes")]
 )
 
 

@@ -10,11 +10,13 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from experiments.cli import exit_code
 from experiments.drawing import drawn, inlined
@@ -22,6 +24,7 @@ from experiments.figures import FIGURES
 from experiments.files import write_bytes, write_text
 from experiments.metrics import SHOWN
 from experiments.pages import flat, paragraphs, short, templates
+from experiments.probe_figures import probe_errors, probed
 from experiments.store import FORMAT
 from experiments.summary import Results, measured, point_row, points_of, summary_rows, unit
 
@@ -38,7 +41,7 @@ def write_report(folder: Path, results: Results) -> Path:
     """
     if not results["points"]:
         raise ValueError(f"{folder} has no finished point to report on: run the sweep again to go on with it")
-    files = {name: drawn(draw, results) for name, draw in FIGURES.items()}
+    files = {name: drawn(draw, results) for name, draw in figures_of(results).items()}
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, kinds in files.items():
         for kind, content in kinds.items():
@@ -62,7 +65,7 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
             allowance=ALLOWANCE,
             has_reference=any(row["gap"] for row in rows),
             rows=[row | {"within": _range(row), "bits": row["best"] / math.log(2)} for row in rows],
-            figures=[_figure(name, svg) for name, svg in svgs.items()],
+            figures=[_figure(name, svgs[name], draw) for name, draw in figures_of(results).items()],
             programs=[_program(results, key) for key in results["programs"]],
             points=points,
             is_text=unit(results) == "byte",
@@ -94,8 +97,13 @@ def load_results(folder: Path) -> Results:
     return results
 
 
-def _figure(name: str, svg: bytes) -> dict[str, Any]:
-    caption = " ".join((FIGURES[name].__doc__ or "").split())
+def figures_of(results: Results) -> dict[str, Callable[[Results], Figure]]:
+    """The figures of a sweep: that of the probes where its runs have some."""
+    return FIGURES | ({"probes": probe_errors} if probed(results)[1] else {})
+
+
+def _figure(name: str, svg: bytes, draw: Callable[[Results], Figure]) -> dict[str, Any]:
+    caption = " ".join((draw.__doc__ or "").split())
     title = name.replace("_", " ").capitalize()
     return {"name": name, "title": title, "caption": caption, "svg": Markup(inlined(svg, name, caption))}
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import attention
-from experiments import benchmark, temperature
+from experiments import benchmark, probe_cost, temperature
+from experiments.config import Model
 from experiments.contestants import Cell, jax_nn, ours
 from experiments.linear import crossover
 from experiments.operands import Layer, save
@@ -145,6 +146,28 @@ def test_a_trainers_speed_is_measured(tmp_path):
     assert ours["attention_share_of_operations"] == pytest.approx(tiles / (tiles + weights))
     for peer in theirs:  # the same model: what it loses before and after a step is the same
         np.testing.assert_allclose(peer["losses"], ours["losses"], rtol=1e-4)
+
+
+def test_what_probes_cost_is_measured(tmp_path, monkeypatch, capsys):
+    model = Model(layers=1, width=16, heads=2, kv_heads=2, mlp_width=16, context=16)
+    monkeypatch.setattr(probe_cost, "MODELS", {"small": (model, 8)})
+    benchmark.main(["probes", "--models", "small", "--methods", "TopK(k=4)", "--rounds", "1", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert set(row["seconds"]) == {"step", "loss", "numbers", "probes"}
+    assert all(times["median"] > 0 for times in row["seconds"].values())
+    assert (tmp_path / "probes.png").exists()
+    assert "share of both" in capsys.readouterr().out
+
+
+def test_shares_of_probes_are_of_the_steps_between_two_evaluations(monkeypatch):
+    """8 batches an evaluation, 50 steps between two: 8 (0.3 - 0.2) / (50 0.4) = 0.04 for the probes."""
+    seconds = {"step": [0.4] * 3, "loss": [0.1] * 3, "numbers": [0.2] * 3, "probes": [0.3] * 3}
+    monkeypatch.setattr(probe_cost, "_contestants", lambda run: {})
+    monkeypatch.setattr(probe_cost, "interleaved", lambda *_: seconds)
+    (row,) = probe_cost.Probes(models=("default",)).measured()
+    assert row["share_of_probes"]["median"] == pytest.approx(0.04, rel=1e-12)
+    assert row["share_of_numbers"]["median"] == pytest.approx(0.04, rel=1e-12)
+    assert row["share_of_both"]["median"] == pytest.approx(0.08, rel=1e-12)
 
 
 def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, captured, monkeypatch, capsys):

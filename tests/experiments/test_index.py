@@ -14,7 +14,6 @@ from experiments.commands import train_command
 from experiments.config import Data, Model, Run
 from experiments.index import entries, main, write_index
 from experiments.store import Store
-from tests.experiments.test_report import made_up_results
 
 
 @pytest.fixture
@@ -26,11 +25,11 @@ def root(reference, tmp_path):
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines(keepends=True)
     until = next(i for i, line in enumerate(lines) if '"validation_loss"' in line and '"step": 20' in line)
     (tmp_path / "stopped" / "metrics.jsonl").write_text("".join(lines[: until + 1]))
-    results = made_up_results() | {"environment": {"versions": {"jax": "0.1"}, "device": "cpu"}}
-    store = Store(tmp_path / "swept", {"points": results["points"]})
-    store.open(overwrite=False)
-    store.write_results(results)
     rest = {"versions": {"jax": "0.1"}, "device": "cpu"}
+    store = Store(tmp_path / "swept", {"points": []})
+    store.open(overwrite=False)
+    about = {"command": "python -m experiments.sweep <b>", "planned": 3, "programs": {"p": {}}, "environment": rest}
+    store.write_results(about | {"config": {"steps": 10}, "points": [swept(3.0, 2.5), swept(3.0, 2.25, None)]})
     study = {"study": "sinks", "command": "python -m experiments.study sinks", "rows": [1], "summary": [{"seeds": 3}]}
     _write(tmp_path / "sinks" / "study", study | rest, "sinks.svg", "page.html")
     _write(tmp_path / "exact", {"benchmark": "exact", "cells": [1, 2], "environment": rest}, "exact.svg")
@@ -38,6 +37,10 @@ def root(reference, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"config": {"stps": 1}}')
     return tmp_path
+
+
+def swept(*losses):
+    return {"evaluations": [{"step": 5 * at, "loss": loss} for at, loss in enumerate(losses)]}
 
 
 def _write(folder, results, *files):
@@ -61,9 +64,8 @@ def test_everything_is_listed_with_what_it_is_and_its_loss(root, reference):
     assert found["deep/done"].loss == f"{result['validation_loss']:.4f}"
     assert found["stopped"].loss.endswith(" after 20 of 30 steps")
     assert "unknown field of Run 'stps'" in found["broken"].loss
-    assert (
-        found["swept"].loss == f"{min(p['evaluations'][-1]['loss'] for p in made_up_results()['points']):.4f} at best"
-    )
+    assert found["swept"].loss == "2.2500 at best"
+    assert found["swept"].curves == (((0, 3), (0.5, 2.5)), ((0, 3), (0.5, 2.25)))
     assert [x for x, _ in found["deep/done"].curves[0]] == [10 / 30, 20 / 30, 1]
     assert (found["sinks/study"].page, found["sinks/study"].image) == ("sinks/study/page.html", "sinks/study/sinks.svg")
 
@@ -86,6 +88,7 @@ def test_the_page_links_what_is_there_and_holds_no_address_of_its_own(root, caps
         assert (root / address).exists(), address
     assert "prefers-color-scheme: dark" in text
     assert "<script" not in text
+    assert "sweep &lt;b&gt;" in text
     before = text
     assert write_index(root).read_text() == before
     assert main([str(root / "elsewhere")]) == 2
