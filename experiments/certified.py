@@ -63,7 +63,7 @@ class Certified:
         inputs = self._inputs()
         axes = list(itertools.product(self.bounds, self.tolerances, inputs, self.temperatures))
         steps = track(axes, "certifying", console=console, disable=not console.is_terminal)
-        results = [self._looked_at(inputs[family], *axis, family, at) for *axis, family, at in steps]
+        results = [self._looked_at(inputs[axis[2]], *axis) for axis in steps]
         return results + [self._raced(T, *race) for T in self.lengths for race in RACES]
 
     def _inputs(self) -> dict[str, tuple[np.ndarray, ...]]:

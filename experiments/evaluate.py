@@ -24,8 +24,9 @@ from rich.progress import track
 from rich.table import Table
 
 import attention
+from experiments.checks import check_run
 from experiments.cli import exit_code
-from experiments.config import Run, check_run, to_dict
+from experiments.config import Run, to_dict
 from experiments.data import validation_batches
 from experiments.drawing import drawn, look, panels, wrapped
 from experiments.files import write_bytes, write_json

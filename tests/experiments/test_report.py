@@ -171,7 +171,7 @@ def test_every_number_of_attention_can_be_shown_and_old_results_do_without(tmp_p
 
 
 def with_probes(results, program="p0"):
-    """Errors of a method in heads of the points of a program: 2^layer (1 + head) beta (1 + seed), bounds ten times it."""
+    """Errors in each head of a program's points, 2^layer (1 + head) beta (1 + seed), and bounds of 10 times that."""
     for point in results["points"]:
         if point["program"] == program:
             error = point["beta"] * (1 + point["seed"])
