@@ -67,4 +67,4 @@ def _study(benchmark: Temperature, seeds: int) -> Study:
 
 
 study = _study(Temperature(lengths=(2048,), context=512), seeds=3)
-smoke = _study(Temperature(lengths=(48,), temperatures=(0.5, 4.0), head_size=4, steps=0), seeds=2)
+smoke = _study(Temperature(lengths=(48,), temperatures=(0.5, 4.0), head_size=4, steps=0), seeds=1)
