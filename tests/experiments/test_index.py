@@ -1,9 +1,9 @@
 """The index of a folder of runs, and the commands that it gives."""
 
-import dataclasses
 import json
 import re
 import shutil
+from typing import Annotated
 
 import pytest
 import tyro
@@ -110,7 +110,7 @@ RUNS = [
 def test_the_command_of_a_run_makes_it_again(run):
     """Read as the trainer reads it."""
 
-    def command(run: tyro.conf.OmitArgPrefixes[Run]) -> Run:
+    def command(run: Annotated[Run, tyro.conf.arg(name="")]) -> Run:
         return run
 
-    assert parse(command, train_command(run)[3:], prog="train") == dataclasses.replace(run)
+    assert parse(command, train_command(run)[3:], prog="train") == run
