@@ -156,7 +156,7 @@ def test_what_probes_cost_is_measured(tmp_path, monkeypatch, capsys):
     assert set(row["seconds"]) == {"step", "loss", "numbers", "probes"}
     assert all(times["median"] > 0 for times in row["seconds"].values())
     assert (tmp_path / "probes.png").exists()
-    assert "share of both" in capsys.readouterr().out
+    assert "small" in capsys.readouterr().out
 
 
 def test_shares_of_probes_are_of_the_steps_between_two_evaluations(monkeypatch):
