@@ -102,7 +102,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
     panel.set_xticks(range(len(results)), [row["model"] for row in results])
     panel.set_ylabel("share of the time of training")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=8)
+    drawing.legend(loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8)
     return drawing
 
 
