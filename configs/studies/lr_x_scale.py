@@ -6,8 +6,9 @@ Axes: six ways to scale the scores (1/sqrt(H), 1/H, a learned scale a head, QK-n
 and 1/sqrt(H) under a soft cap of 15), times seven peak learning rates from 3e-4 to 3e-1, times three seeds: 126 runs of
 150 steps of a byte-level model with 0.1 million parameters on the standard library's sources, in 6 compiled programs.
 
-Metric: the loss held out and the largest logit at the end, and the sensitivity, the mean over learning rates of min(loss, loss before the
-first step) - lowest loss, which is 0 where the learning rate does not matter. A run that diverges counts as untrained.
+Metric: the loss held out and the largest logit at the end, and the sensitivity, the mean over learning rates of
+min(loss, loss before the first step) - lowest loss, which is 0 where the learning rate does not matter. A run that
+diverges counts as untrained.
 
 It takes about 8 minutes on 2 CPU cores, by the time of its steps.
 
@@ -16,7 +17,7 @@ with the learning rate where nothing bounds them (Wortsman et al., arXiv 2309.14
 is defined in section 2.2); a soft cap bounds them, too (Gemma 2, arXiv 2408.00118, section 2).
 
 Found (docs/results/lr_x_scale, 3 seeds): none of the 126 runs diverged, and the best loss is the same for all rules but
-1/H within the seeds' spread, 2.46 to 2.48 at a rate of 0.01 (1/H: 2.51).
+1/H within the seeds' spread, 2.46 to 2.49 at a rate of 0.01 (1/H: 2.51).
 
 - QK-norm tolerates a higher rate, as expected: its sensitivity is 0.249 nats (0.225 to 0.278 over the seeds), that of
   1/sqrt(H) 0.324 (0.284 to 0.346). At a rate of 0.1, ten times the best, it loses 0.04 nats against its best and
@@ -24,8 +25,7 @@ Found (docs/results/lr_x_scale, 3 seeds): none of the 126 runs diverged, and the
 - The reason is that of the literature: the largest logit of 1/sqrt(H) grows from 30 at a rate of 0.01 to 15,000 at 0.3,
   and that of a learned scale or of SSMax further, while QK-norm keeps it at 11 to 14.
 - A soft cap of 15 helps at 0.3 alone (2.79), and its sensitivity, 0.319, is that of plain scaling: less than expected.
-  From 0.03 on its logits stand at the cap, where tanh has hardly a slope, and the entropy of its rows grows with the
-  rate: it bounds the logits, but what lies behind them grows all the same. Gemma 2 caps at 50, far above its logits.
+  From 0.03 on its logits stand at the cap, where tanh has hardly a slope: what lies behind them is not held back.
 - All rules share the loss of too small a rate, 3.63 at 3e-4 after 150 steps, which is most of every sensitivity.
 """
 
@@ -79,8 +79,8 @@ def _rule(point) -> str:
 
 def figure(summary: Summary) -> Figure:
     """Loss held out after training over the peak learning rate, at most that of the untrained model, and the largest \
-logit of any head; means, with bands over all seeds. Right: the mean loss over the learning rates above its lowest; bars \
-span the seeds."""
+logit of any head; means, with bands over all seeds. Right: the mean loss over the learning rates above its lowest; \
+bars span the seeds."""
     drawing, (left, middle, right) = panels(3, width=4.6, height=4)
     by_rate = [row for row in summary if "learning rate" in row["axes"]]
     for panel, number in ((left, "loss"), (middle, "largest logit")):

@@ -3,8 +3,8 @@
     python -m experiments.study mqar_recall
 
 Axes, in multi-query associative recall of 4 pairs in 16 tokens of 16 symbols: exact attention and Performer with 16
-features, in each of 2 layers with one head, times widths 16 and 32, times two learning rates, times three seeds: 24 runs
-of 2,000 steps, in 4 compiled programs. The number of pairs and the temperature stay as they are.
+features, in each of 2 layers with one head, times widths 16 and 32, times two learning rates, times three seeds: 24
+runs of 2,000 steps, in 4 compiled programs. The number of pairs and the temperature stay as they are.
 
 Metric: the share of the questions answered right, at the learning rate whose mean over seeds is highest; the loss.
 Each key is asked for once, so that who answers with one of the values not yet given is right 1/4, 1/3, 1/2 and 1 of the
