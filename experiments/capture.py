@@ -19,7 +19,7 @@ from flax import nnx
 from experiments.cli import exit_code
 from experiments.evaluate import held_out
 from experiments.operands import Layer, save
-from experiments.runtime import compiler_options, enable_compilation_cache
+from experiments.runtime import compiler_options, start_process
 from experiments.saved import Saved, load
 from experiments.steps import evaluation_numbers, levers, model_graph
 
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         write(options)
         print(f"written: {options.out}")
 
-    enable_compilation_cache()
+    start_process()
     return exit_code(command)
 
 
