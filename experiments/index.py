@@ -118,14 +118,14 @@ def _sweep(folder: Path, path: str) -> Entry:
     curves = tuple(
         tuple((x["step"] / steps, x["loss"]) for x in point["evaluations"] if x["loss"] is not None) for point in points
     )
-    lowest = min(curve[-1][1] for curve in curves if curve)
+    lowest = min((curve[-1][1] for curve in curves if curve), default=None)
     facts = (f"{len(points)} of {results['planned']} points", f"{len(results['programs'])} programs")
     return Entry(
         path=path,
         kind="sweep",
         command=results["command"],
         facts=(*facts, f"{steps} steps", *_place(results["environment"])),
-        loss=f"{lowest:.4f} at best",
+        loss="none yet" if lowest is None else f"{lowest:.4f} at best",
         curves=curves,
         page=_there(folder, path, "report.html"),
     )

@@ -30,12 +30,16 @@ def root(reference, tmp_path):
     store.open(overwrite=False)
     about = {"command": "python -m experiments.sweep <b>", "planned": 3, "programs": {"p": {}}, "environment": rest}
     store.write_results(about | {"config": {"steps": 10}, "points": [swept(3.0, 2.5), swept(3.0, 2.25, None)]})
+    none = Store(tmp_path / "begun", {"points": [{}, {}]})
+    none.open(overwrite=False)
     study = {"study": "sinks", "command": "python -m experiments.study sinks", "rows": [1], "summary": [{"seeds": 3}]}
     _write(tmp_path / "sinks" / "study", study | rest, "sinks.svg", "page.html")
     _write(tmp_path / "exact", {"benchmark": "exact", "cells": [1, 2], "environment": rest}, "exact.svg")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"config": {"stps": 1}}')
+    none.write_results(about | {"config": {"steps": 10}, "points": []})
+    Store(tmp_path / "compiling", {"points": [{}, {}]}).open(overwrite=False)
     return tmp_path
 
 
@@ -53,7 +57,9 @@ def _write(folder, results, *files):
 def test_everything_is_listed_with_what_it_is_and_its_loss(root, reference):
     found = {entry.path: entry for entry in entries(root)}
     assert {path: entry.kind for path, entry in found.items()} == {
+        "begun": "sweep",
         "broken": "run",
+        "compiling": "sweep",
         "deep/done": "run",
         "exact": "benchmark",
         "sinks/study": "study",
@@ -64,6 +70,7 @@ def test_everything_is_listed_with_what_it_is_and_its_loss(root, reference):
     assert found["deep/done"].loss == f"{result['validation_loss']:.4f}"
     assert found["stopped"].loss.endswith(" after 20 of 30 steps")
     assert "unknown field of Run 'stps'" in found["broken"].loss
+    assert (found["begun"].loss, found["compiling"].loss) == ("none yet", "0 of 2 points")
     assert found["swept"].loss == "2.2500 at best"
     assert found["swept"].curves == (((0, 3), (0.5, 2.5)), ((0, 3), (0.5, 2.25)))
     assert [x for x, _ in found["deep/done"].curves[0]] == [10 / 30, 20 / 30, 1]
