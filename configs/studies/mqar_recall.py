@@ -17,12 +17,14 @@ with the number of pairs (Arora et al., arXiv 2312.04927, section 4 and figure 2
 and widths of 64 to 512); recall hangs on the learning rate, which must be swept for each method (Okpekpe and Orvieto,
 arXiv 2508.19029).
 
-Found (docs/results/mqar_recall, 3 seeds): exact attention of width 32 solves the task in every seed at a learning rate of
-0.01 (1.000), where Performer stays at 0.72 (0.66 to 0.82 over the seeds), whose state has 16 x 32 numbers a layer. Both
-stay at 0.66 at width 16, near to what elimination gives; against the expectation exact attention needs a width, too,
-within 2,000 steps. The learning rate decides as much as the method: at 0.003 exact attention does not find the match at
-width 32 either (0.67), and would look no better than Performer (0.71). Runs stay at 0.65 until they find it, between
-steps 500 and 1,500 where they do.
+Found (docs/results/mqar_recall, 3 seeds):
+
+- Exact attention of width 32 solves the task in every seed at a learning rate of 0.01 (1.000). Performer, whose state
+  has 16 x 32 numbers a layer, stays at 0.72 there (0.66 to 0.82 over the seeds).
+- Both stay at 0.66 at width 16, near to what elimination gives: against the expectation exact attention needs a width,
+  too, within 2,000 steps.
+- The learning rate decides as much as the method: at 0.003 exact attention does not find the match at width 32 either
+  (0.67), and would look no better than Performer (0.71).
 """
 
 import dataclasses
