@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import attention
-from experiments import certified, features, linear, memory, race, sparse, temperature, throughput
+from experiments import certified, features, linear, memory, probe_cost, race, sparse, temperature, throughput
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment, keep_memory
@@ -157,6 +157,7 @@ Benchmark = (
     | Annotated[temperature.Temperature, tyro.conf.subcommand("temperature")]
     | Annotated[linear.Linear, tyro.conf.subcommand("linear")]
     | Annotated[features.Features, tyro.conf.subcommand("features")]
+    | Annotated[probe_cost.Probes, tyro.conf.subcommand("probes")]
 )
 
 
@@ -171,7 +172,7 @@ def drawn(benchmark: Any, results: list[dict[str, Any]]) -> tuple[Figure, Table]
 def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> None:
     """Writes results.json and the figure into the benchmark's folder."""
     name = type(benchmark).__name__.lower()
-    config = dataclasses.asdict(benchmark) | {"out": benchmark.out.name}
+    config = {name: _told(value) for name, value in dataclasses.asdict(benchmark).items()}
     record = {"benchmark": name, "config": config, "environment": _environment(), "cells": results}
     benchmark.out.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.out / "results.json", record)
@@ -181,6 +182,13 @@ def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> N
             drawing.savefig(buffer, format=kind, dpi=150, metadata=details)
             write_bytes(benchmark.out / f"{name}.{kind}", buffer.getvalue())
     print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
+
+
+def _told(value: Any) -> Any:
+    """A field as JSON takes it: of a file its name, since where it lay says nothing of the results."""
+    if isinstance(value, tuple):
+        return [_told(item) for item in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def _environment() -> dict[str, Any]:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments.config import Run, check_name, to_dict
+from experiments.checks import check_name
+from experiments.config import Run, to_dict
 from experiments.data import validation_batches
 from experiments.display import Display
 from experiments.paths import UNSWEPT

@@ -19,7 +19,8 @@ from attention.inputs import prepare
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.plan import growing_means, limits, plan, visible_pages
-from experiments.drawing import COLOURS
+from experiments.drawing import COLOURS, wrapped
+from experiments.operand_files import load
 from experiments.timing import interleaved, ratios, spread
 
 LOOKS = dict(zip(REACH, COLOURS, strict=False))
@@ -51,20 +52,33 @@ class Certified:
     """Turns of each contestant."""
     seconds: float = 60.0
     """Of a race, after which no more turns begin; there are at least 3."""
+    operands: tuple[Path, ...] = ()
+    """Files of `python -m experiments.capture`, whose layers are looked at besides, bidirectionally, by their first
+    sequence's first head; `tokens` at most of each."""
     out: Path = Path("runs/benchmark/certified")
     """Folder for results.json, certified.svg and certified.png."""
 
     def measured(self) -> list[dict[str, Any]]:
         console = Console(stderr=True)
-        axes = list(itertools.product(self.bounds, self.tolerances, FAMILIES, self.temperatures))
+        inputs = self._inputs()
+        axes = list(itertools.product(self.bounds, self.tolerances, inputs, self.temperatures))
         steps = track(axes, "certifying", console=console, disable=not console.is_terminal)
-        results = [self._looked_at(*axis) for axis in steps]
+        results = [self._looked_at(inputs[axis[2]], *axis) for axis in steps]
         return results + [self._raced(T, *race) for T in self.lengths for race in RACES]
 
-    def _looked_at(self, bound: str, tolerance: float, family: str, temperature: float) -> dict[str, Any]:
+    def _inputs(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """Queries, keys and values of one head, by what they are."""
+        sizes = (self.tokens, 1, self.head_size, False)
+        found = {family: draw(np.random.default_rng(0), *sizes) for family, draw in FAMILIES.items()}
+        for path in self.operands:
+            for depth, layer in enumerate(load(path)):
+                parts = (layer.query, layer.key, layer.value)
+                found[f"{layer.name}, layer {depth}"] = tuple(x[:1, : self.tokens, :1] for x in parts)
+        return found
+
+    def _looked_at(self, operands, bound: str, tolerance: float, family: str, temperature: float) -> dict[str, Any]:
         """One head, bidirectional: the shares of pages read, and the bound over the error where a page was not."""
         method = attention.Certified(tolerance=tolerance, page=self.page, bound=bound)
-        operands = FAMILIES[family](np.random.default_rng(0), self.tokens, 1, self.head_size, False)
         error, limit, read, oracle = (np.asarray(x) for x in looked_at(operands, np.float32(temperature), method))
         fires = read < 1
         loose = (limit / np.maximum(error, np.finfo(np.float32).tiny))[fires & (error > 0)]
@@ -188,9 +202,10 @@ def figure(results: list[dict[str, Any]]) -> Figure:
     """Above, the share of keys read at the middle tolerance, over temperature; below, the bound over the error."""
     tolerances = sorted({x["tolerance"] for x in results if "family" in x})
     middle = tolerances[len(tolerances) // 2]
-    drawing = Figure(figsize=(13, 6), layout="constrained")
-    grid = drawing.subplots(2, len(FAMILIES), sharex=True, sharey="row")
-    for column, family in enumerate(FAMILIES):
+    families = list(dict.fromkeys(x["family"] for x in results if "family" in x))
+    drawing = Figure(figsize=(3.3 * len(families), 6), layout="constrained")
+    grid = drawing.subplots(2, len(families), sharex=True, sharey="row")
+    for column, family in enumerate(families):
         those = [x for x in results if x.get("family") == family and x["tolerance"] == middle]
         for bound in dict.fromkeys(x["bound"] for x in those):
             cells = [x for x in those if x["bound"] == bound]
@@ -201,7 +216,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
             grid[1, column].plot([x["temperature"] for x in fired], loose, color=colour, marker="o")
             oracle = [x["oracle"] for x in cells]
         grid[0, column].plot(temperatures, oracle, color="#555555", linestyle="--", label="oracle")
-        grid[0, column].set_title(family, fontsize=10)
+        grid[0, column].set_title(wrapped(family), fontsize=10)
         grid[1, column].set_xlabel("temperature")
         grid[1, column].set_xscale("log", base=2)
         grid[1, column].set_yscale("log")

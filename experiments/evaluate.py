@@ -24,8 +24,9 @@ from rich.progress import track
 from rich.table import Table
 
 import attention
+from experiments.checks import check_run
 from experiments.cli import exit_code
-from experiments.config import Run, check_run, to_dict
+from experiments.config import Run, to_dict
 from experiments.data import validation_batches
 from experiments.drawing import drawn, look, panels, wrapped
 from experiments.files import write_bytes, write_json
@@ -64,26 +65,30 @@ def evaluated(options: Options) -> list[dict[str, Any]]:
     """
     methods = [None, *map(attention.parse_method, options.methods)]
     models = {OWN if method is None else repr(method): load(options.folder, method) for method in methods}
-    own = models[OWN].run
-    contexts = options.contexts or (own.model.context,)
-    if own.model.positions == "learned" and max(contexts) > own.model.context:
-        raise ValueError(f"contexts is {contexts}: learned positions end at the training's {own.model.context}")
+    contexts = options.contexts or (models[OWN].run.model.context,)
     batches = {context: held_out(models[OWN], context, options.batches) for context in contexts}
+    factors = options.temperatures
+    own_factors = tuple(dict.fromkeys((1.0, *factors)))  # changes are from the run at its own temperature
     rows = []
     console = Console(stderr=True)
     for context in track(contexts, "evaluating", console=console, disable=not console.is_terminal):
-        before = at_temperatures(models[OWN], batches[context], (1.0,))[0]
+        own = dict(zip(own_factors, at_temperatures(models[OWN], batches[context], own_factors), strict=True))
         for name, saved in models.items():
-            found = at_temperatures(saved, batches[context], options.temperatures)
-            described = (_described(numbers, before) for numbers in found)
-            pairs = zip(options.temperatures, described, strict=True)
+            found = [own[x] for x in factors] if name == OWN else at_temperatures(saved, batches[context], factors)
+            pairs = zip(factors, (_described(numbers, own[1.0]) for numbers in found), strict=True)
             rows += [{"method": name, "context": context, "temperature": factor, **row} for factor, row in pairs]
     return rows
 
 
 def held_out(saved: Saved, context: int, count: int) -> list[dict[str, np.ndarray]]:
-    """Held-out batches of sequences of this length; the fewer in a batch the longer they are."""
+    """Held-out batches of sequences of this length; the fewer in a batch the longer they are.
+
+    Raises:
+        ValueError: the model has no positions for this length, or the text is too short for it.
+    """
     run = saved.run
+    if run.model.positions == "learned" and context > run.model.context:
+        raise ValueError(f"context is {context}: learned positions end at the training's {run.model.context}")
     rows = max(1, run.data.batch * run.model.context // context)
     longer = dataclasses.replace(run.model, context=context)
     changed = dataclasses.replace(

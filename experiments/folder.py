@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Run, check_name, to_dict
+from experiments.checks import check_name
+from experiments.config import Run, to_dict
 from experiments.files import remove_folder, write_json
 from experiments.provenance import describe_corpus, describe_methods
 from experiments.runtime import environment

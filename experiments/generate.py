@@ -22,8 +22,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import attention
+from experiments.checks import check_run
 from experiments.cli import exit_code
-from experiments.config import Run, check_run, task_of, vocabulary
+from experiments.config import Run, task_of, vocabulary
 from experiments.runtime import start_process
 from experiments.saved import Saved, load
 from experiments.steps import evaluation_numbers, levers, model_graph

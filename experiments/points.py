@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import attention
 from experiments.axes import Axes
-from experiments.config import Run, check_run, to_dict
+from experiments.checks import check_run
+from experiments.config import Run, to_dict
 from experiments.paths import UNSWEPT, look_up, replaced
 
 COLUMNS = ("scale", "temperature", "optimizer.learning_rate", "seed")

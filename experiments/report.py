@@ -8,21 +8,23 @@ writes `report.html`, which needs no other file, and `figures/*.svg` and `figure
 import dataclasses
 import json
 import math
-import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import jinja2
 import tyro
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from experiments.cli import exit_code
-from experiments.drawing import drawn, inlined, power
+from experiments.drawing import drawn, inlined
 from experiments.figures import FIGURES
 from experiments.files import write_bytes, write_text
 from experiments.metrics import SHOWN
+from experiments.pages import flat, paragraphs, short, templates
+from experiments.probe_figures import probe_errors, probed
 from experiments.store import FORMAT
 from experiments.summary import Results, measured, point_row, points_of, summary_rows, unit
 
@@ -39,7 +41,7 @@ def write_report(folder: Path, results: Results) -> Path:
     """
     if not results["points"]:
         raise ValueError(f"{folder} has no finished point to report on: run the sweep again to go on with it")
-    files = {name: drawn(draw, results) for name, draw in FIGURES.items()}
+    files = {name: drawn(draw, results) for name, draw in figures_of(results).items()}
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, kinds in files.items():
         for kind, content in kinds.items():
@@ -54,16 +56,16 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
     rows = summary_rows(results, ALLOWANCE)
     points = [point_row(results, point) for key in results["programs"] for point in points_of(results, key)]
     return (
-        _templates()
+        templates()
         .get_template("report.html.jinja")
         .render(
             results=results,
-            paragraphs=_paragraphs(results["description"] or ""),
+            paragraphs=paragraphs(results["description"] or ""),
             folder=folder,
             allowance=ALLOWANCE,
             has_reference=any(row["gap"] for row in rows),
             rows=[row | {"within": _range(row), "bits": row["best"] / math.log(2)} for row in rows],
-            figures=[_figure(name, svg) for name, svg in svgs.items()],
+            figures=[_figure(name, svgs[name], draw) for name, draw in figures_of(results).items()],
             programs=[_program(results, key) for key in results["programs"]],
             points=points,
             is_text=unit(results) == "byte",
@@ -74,35 +76,6 @@ def rendered(results: Results, svgs: dict[str, bytes], folder: Path) -> str:
             facts=_facts(results),
         )
     )
-
-
-def study_page(record: dict[str, Any], description: str, svg: bytes, caption: str) -> str:
-    """The page of a study as text, its figure inside it."""
-    tables: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Any]] = {}
-    for row in record["summary"]:  # rows of different kinds have tables of their own
-        tables.setdefault((tuple(row["axes"]), tuple(row["numbers"])), []).append(row)
-    told = ("versions", "backend", "device", "cores", "corpus")
-    return (
-        _templates()
-        .get_template("study.html.jinja")
-        .render(
-            record=record,
-            paragraphs=_paragraphs(description),
-            svg=Markup(inlined(svg, record["study"], caption)),
-            caption=caption,
-            tables=[(*names, rows) for names, rows in tables.items()],
-            facts=_flat({name: record[name] for name in told if name in record}),
-        )
-    )
-
-
-def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"number": _number, "short": _short, "signed": _signed, "mebibytes": _mebibytes}
-    environment.filters |= {"spread": _spread}
-    return environment
 
 
 def load_results(folder: Path) -> Results:
@@ -124,8 +97,13 @@ def load_results(folder: Path) -> Results:
     return results
 
 
-def _figure(name: str, svg: bytes) -> dict[str, Any]:
-    caption = " ".join((FIGURES[name].__doc__ or "").split())
+def figures_of(results: Results) -> dict[str, Callable[[Results], Figure]]:
+    """The figures of a sweep: that of the probes where its runs have some."""
+    return FIGURES | ({"probes": probe_errors} if probed(results)[1] else {})
+
+
+def _figure(name: str, svg: bytes, draw: Callable[[Results], Figure]) -> dict[str, Any]:
+    caption = " ".join((draw.__doc__ or "").split())
     title = name.replace("_", " ").capitalize()
     return {"name": name, "title": title, "caption": caption, "svg": Markup(inlined(svg, name, caption))}
 
@@ -138,14 +116,7 @@ def _program(results: Results, key: str) -> dict[str, Any]:
 
 
 def _facts(results: Results) -> list[tuple[str, Any]]:
-    return _flat({"corpus": results["corpus"], **results["environment"], "population": results["population"]})
-
-
-def _flat(nested: dict[str, Any]) -> list[tuple[str, Any]]:
-    facts: list[tuple[str, Any]] = []
-    for name, value in nested.items():
-        facts += [(f"{name}: {key}", x) for key, x in value.items()] if isinstance(value, dict) else [(name, value)]
-    return facts
+    return flat({"corpus": results["corpus"], **results["environment"], "population": results["population"]})
 
 
 def _range(row: dict[str, Any]) -> str:
@@ -156,37 +127,7 @@ def _range(row: dict[str, Any]) -> str:
     first = row["betas"].index(tolerated[0]) if tolerated else 0
     if len(tolerated) > 2 and row["betas"][first : first + len(tolerated)] == tolerated:
         return f"{tolerated[0]:.4g} to {tolerated[-1]:.4g}"
-    return ", ".join(_short(beta) for beta in tolerated) or "none"
-
-
-def _number(number: float, digits: int = 3) -> str:
-    return "" if math.isnan(number) else f"{number:.{digits}f}"
-
-
-def _spread(number: dict[str, float | None]) -> str:
-    return "" if number["mean"] is None else f"{number['mean']:.4g} ± {number['deviation']:.2g}"
-
-
-def _short(number: float) -> str:
-    """Five digits, or the fraction that a power of two is."""
-    fraction = power(number) if number > 0 else "$"
-    if "/" in fraction and "$" not in fraction:
-        return fraction
-    return "" if math.isnan(number) else f"{number:.5g}"
-
-
-def _paragraphs(text: str) -> list[str]:
-    """A document's paragraphs and list items, each on one line."""
-    blocks = [item for block in text.split("\n\n") for item in re.split(r"\n(?=- )", block)]
-    return [" ".join(block.split()) for block in blocks if block.strip()]
-
-
-def _signed(number: float) -> str:
-    return "?" if math.isnan(number) else f"{number:+.3f}"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f}"
+    return ", ".join(short(beta) for beta in tolerated) or "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from flax import nnx
 import attention
 from attention.method import unknown
 from experiments.checkpoint import Checkpoints
-from experiments.config import Run, check_run
+from experiments.checks import check_run
+from experiments.config import Run
 from experiments.metrics import named_leaves
 from experiments.steps import levers, make_init
 

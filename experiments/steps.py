@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 import attention
 from attention import SCALE_RULES, yarn_factor
 from attention.flax import Constant
-from experiments.config import Run, check_run, layer_methods, starting_scale, vocabulary
+from experiments.checks import check_run
+from experiments.config import Run, layer_methods, starting_scale, vocabulary
 from experiments.metrics import accuracy, attention_diagnostics, cross_entropy, first_nonfinite, suspects
 from experiments.model import LanguageModel
 from experiments.optimizer import descent, unit_schedule

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from markupsafe import Markup
 
 from experiments.cli import exit_code
 from experiments.config import to_dict
-from experiments.drawing import drawn
+from experiments.drawing import drawn, inlined
 from experiments.files import write_bytes, write_json, write_text
+from experiments.pages import flat, paragraphs, templates
 from experiments.paths import UNSWEPT
 from experiments.presets import Sweep
 from experiments.provenance import describe_corpus
-from experiments.report import study_page
 from experiments.runtime import environment, start_process
 from experiments.studies import Work, load_study, study_names, summarised
 
@@ -64,8 +65,28 @@ def run_study(options: Options) -> Path:
         write_bytes(out / f"{options.name}.{kind}", content)
     write_json(out / "results.json", record)
     caption = " ".join((study.figure.__doc__ or "").split())
-    write_text(out / "page.html", study_page(record, description, files["svg"], caption))
+    write_text(out / "page.html", page(record, description, files["svg"], caption))
     return out
+
+
+def page(record: dict[str, Any], description: str, svg: bytes, caption: str) -> str:
+    """The page of a study as text, its figure inside it."""
+    tables: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Any]] = {}
+    for row in record["summary"]:  # rows of different kinds have tables of their own
+        tables.setdefault((tuple(row["axes"]), tuple(row["numbers"])), []).append(row)
+    told = ("versions", "backend", "device", "cores", "corpus")
+    return (
+        templates()
+        .get_template("study.html.jinja")
+        .render(
+            record=record,
+            paragraphs=paragraphs(description),
+            svg=Markup(inlined(svg, record["study"], caption)),
+            caption=caption,
+            tables=[(*names, rows) for names, rows in tables.items()],
+            facts=flat({name: record[name] for name in told if name in record}),
+        )
+    )
 
 
 def _conditions(sweep: Sweep | None) -> dict[str, Any]:

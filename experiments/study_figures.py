@@ -28,12 +28,13 @@ def values(summary: Summary, axis: str) -> list[Any]:
     return list(dict.fromkeys(row["axes"][axis] for row in summary if axis in row["axes"]))
 
 
-def curves(axes: Axes, summary: Summary, x: str, number: str, line: str) -> None:
+def curves(axes: Axes, summary: Summary, x: str, number: str, line: str, names: Sequence[Any] | None = None) -> None:
     """The mean of a number over the axis `x`, a line for each value of the axis `line`, with a band over all seeds.
 
-    A line has a gap where there is no mean.
+    A line has a gap where there is no mean. Panels that are given the same `names` show a name alike, whether or not
+    all of them have it.
     """
-    for index, name in enumerate(values(summary, line)):
+    for index, name in enumerate(values(summary, line) if names is None else names):
         rows = sorted(chosen(summary, **{line: name}), key=lambda row: row["axes"][x])
         rows = [row for row in rows if number in row["numbers"]]
         places = [row["axes"][x] for row in rows]

@@ -17,6 +17,7 @@ from rich.table import Table
 import attention
 from attention.method import METHODS, Method
 from experiments.drawing import COLOURS, MARKERS
+from experiments.operand_files import concatenated, load
 from experiments.operands import Operands, normal, trained
 
 # A colour a method: those of the other figures, and six between them.
@@ -47,6 +48,8 @@ class Temperature:
     """Steps that the language model is trained for, whose operands the last panel has; 0 leaves it out."""
     context: int = 1024
     """Tokens of the language model's sequences."""
+    operands: tuple[Path, ...] = ()
+    """Files of `python -m experiments.capture`; one panel each, after the others."""
     seed: int = 0
     """Draws operands, parameters and constants."""
     out: Path = Path("runs/benchmark/temperature")
@@ -56,6 +59,7 @@ class Temperature:
         found = [normal(T, self.head_size, self.seed) for T in self.lengths]
         if self.steps:
             found.append(trained(self.context, self.steps, self.seed))
+        found += [concatenated(load(path)) for path in self.operands]
         also = tuple(attention.parse_method(expression) for expression in self.also)
         return [errors(operands, self.temperatures, self.budget, also, self.seed) for operands in found]
 

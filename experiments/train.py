@@ -19,8 +19,9 @@ import jax
 import tyro
 
 from experiments.checkpoint import Checkpoints
+from experiments.checks import check_name, check_run
 from experiments.cli import exit_code, parse
-from experiments.config import Run, check_name, check_run
+from experiments.config import Run
 from experiments.data import training_batches, validation_batches
 from experiments.files import is_disk_full, read_json_lines
 from experiments.folder import RunFolder, open_folder

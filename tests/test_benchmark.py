@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import attention
-from experiments import benchmark, temperature
+from experiments import benchmark, probe_cost, temperature
+from experiments.config import Model
 from experiments.contestants import Cell, jax_nn, ours
 from experiments.linear import crossover
+from experiments.operand_files import Layer, save
 from experiments.timing import interleaved, ratios
 
 
@@ -53,12 +55,24 @@ def test_random_features_are_measured_beside_their_closed_forms(tmp_path, capsys
     assert "closed form" in capsys.readouterr().out
 
 
-def test_certificates_are_measured(tmp_path, capsys):
-    options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --tolerances 0.01"
-    benchmark.main(["certified", *options.split(), "--bounds", "ball", "--rounds", "1", "--out", str(tmp_path)])
+@pytest.fixture
+def captured(tmp_path):
+    """A file of the operands of two layers."""
+    path = tmp_path / "elsewhere" / "run.safetensors"
+    draw = np.random.default_rng(0).standard_normal((2, 3, 1, 128, 1, 8))
+    layers = [Layer(query=q, key=k, value=v, beta=np.full(1, 8**-0.5)) for q, k, v in draw]
+    save(path, layers, "a run")
+    return str(path)
+
+
+def test_certificates_are_measured(tmp_path, captured, capsys):
+    options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --tolerances 0.01 --bounds ball"
+    command = ["certified", *options.split(), "--operands", captured, "--rounds", "1", "--out", str(tmp_path)]
+    benchmark.main(command)
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     looked_at, races = [x for x in cells if "family" in x], [x for x in cells if "label" in x]
-    assert len(looked_at) == 4 * 2
+    assert len(looked_at) == (4 + 2) * 2
+    assert looked_at[-1]["family"] == "a run, layer 1"
     assert len(races) == 4
     for cell in looked_at:
         assert cell["violations"] == 0
@@ -134,13 +148,39 @@ def test_a_trainers_speed_is_measured(tmp_path):
         np.testing.assert_allclose(peer["losses"], ours["losses"], rtol=1e-4)
 
 
-def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, monkeypatch, capsys):
+def test_what_probes_cost_is_measured(tmp_path, monkeypatch, capsys):
+    model = Model(layers=1, width=16, heads=2, kv_heads=2, mlp_width=16, context=16)
+    monkeypatch.setattr(probe_cost, "MODELS", {"small": (model, 8)})
+    benchmark.main(["probes", "--models", "small", "--methods", "TopK(k=4)", "--rounds", "1", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert set(row["seconds"]) == {"step", "loss", "numbers", "probes"}
+    assert all(times["median"] > 0 for times in row["seconds"].values())
+    assert (tmp_path / "probes.png").exists()
+    assert "small" in capsys.readouterr().out
+
+
+def test_shares_of_probes_are_of_the_steps_between_two_evaluations(monkeypatch):
+    """8 batches an evaluation, 50 steps between two: 8 (0.3 - 0.2) / (50 0.4) = 0.04 for the probes."""
+    seconds = {"step": [0.4] * 3, "loss": [0.1] * 3, "numbers": [0.2] * 3, "probes": [0.3] * 3}
+    monkeypatch.setattr(probe_cost, "_contestants", lambda run: {})
+    monkeypatch.setattr(probe_cost, "interleaved", lambda *_: seconds)
+    (row,) = probe_cost.Probes(models=("default",)).measured()
+    assert row["share_of_probes"]["median"] == pytest.approx(0.04, rel=1e-12)
+    assert row["share_of_numbers"]["median"] == pytest.approx(0.04, rel=1e-12)
+    assert row["share_of_both"]["median"] == pytest.approx(0.08, rel=1e-12)
+
+
+def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, captured, monkeypatch, capsys):
     """A method is measured because it is registered; exact ones are what the others are measured against."""
     methods = {"linearelu": attention.LinearElu, "taylor": attention.Taylor, "exact": attention.Exact}
     monkeypatch.setattr(temperature, "METHODS", methods)
     options = "--lengths 48 --head-size 4 --temperatures 1 8 --budget 0.2 --steps 0 --also"
-    benchmark.main(["temperature", *options.split(), "--out", str(tmp_path)])
-    (found,) = json.loads((tmp_path / "results.json").read_text())["cells"]
+    benchmark.main(["temperature", "--operands", captured, *options.split(), "--out", str(tmp_path)])
+    results = (tmp_path / "results.json").read_text()
+    assert str(tmp_path) not in results
+    found, of_a_run = json.loads(results)["cells"]
+    assert of_a_run["operands"] == "a run"
+    assert of_a_run["shape"] == [2, 128, 1, 8]
     # Of 48 keys, order 1 with its 5 features takes 2 (48 + 48) 5 (4 + 1) of 4 48 48 4 operations; order 2 takes 15.
     assert 0 < found["entropy_over_log"][0] < found["entropy_over_log"][1] < 1
     assert list(found["methods"]) == ["LinearElu(chunk=128)", "Taylor(chunk=128, order=1)"]

@@ -8,6 +8,7 @@ from experiments.config import Run, to_dict
 from experiments.drawing import drawn
 from experiments.figures import FIGURES
 from experiments.metrics import SHOWN
+from experiments.probe_figures import probe_errors, probed
 from experiments.store import Store
 from experiments.summary import by_beta, cells, measured, point_row, summary_rows
 
@@ -167,6 +168,48 @@ def test_every_number_of_attention_can_be_shown_and_old_results_do_without(tmp_p
         ]
     assert measured(results) == ["entropy"]
     assert "<th>largest logit" not in report.write_report(tmp_path, results).read_text()
+
+
+def with_probes(results, program="p0"):
+    """Errors in each head of a program's points, 2^layer (1 + head) beta (1 + seed), and bounds of 10 times that."""
+    for point in results["points"]:
+        if point["program"] == program:
+            error = point["beta"] * (1 + point["seed"])
+            heads = [[2**layer * (1 + head) * error for head in range(HEADS)] for layer in range(LAYERS)]
+            bounds = [[10 * x for x in layer] for layer in heads]
+            point["evaluations"][-1] |= {"error of TopK(k=2)": heads, "bound of TopK(k=2)": bounds}
+    return results
+
+
+def test_probes_are_shown_by_head_over_beta(tmp_path, monkeypatch):
+    results = with_probes(made_up_results())
+    monkeypatch.setattr(report, "FIGURES", {})  # the others, which are not asked about here
+    text = report.write_report(tmp_path, results).read_text()
+    assert text.count("<svg ") == 1
+    assert 'id="figure-probes"' in text
+    panels = probe_errors(results).axes
+    assert len(panels) == LAYERS * HEADS
+    for index, axes in enumerate(panels):
+        layer, head = divmod(index, HEADS)
+        error, bound = axes.lines
+        betas = [0.125, 0.25, 0.5, 1.0]
+        assert list(error.get_xdata()) == betas
+        # Sums of two powers of two and their multiples: no rounding.
+        assert list(error.get_ydata()) == [2**layer * (1 + head) * beta * 1.5 for beta in betas]
+        assert list(bound.get_ydata()) == [10 * y for y in error.get_ydata()]
+    assert probed(made_up_results()) == ("", [])
+    assert probed(with_probes(made_up_results({"Half()": 2.0, "Exact()": 2.0}), "p1")) == ("p1", ["TopK(k=2)"])
+
+
+def test_probes_of_one_beta_are_shown_over_the_steps():
+    results = made_up_results({"Exact()": 2.0}, seeds=(0,))
+    results["points"] = results["points"][:1]
+    for evaluation in results["points"][0]["evaluations"]:
+        evaluation["error of TopK(k=2)"] = [[1.0 + evaluation["step"], None]]
+    first, second = probe_errors(results).axes
+    assert list(first.lines[0].get_xdata()) == list(STEPS)
+    assert list(first.lines[0].get_ydata()) == [1.0 + step for step in STEPS]
+    assert all(math.isnan(y) for y in second.lines[0].get_ydata())
 
 
 def test_the_best_learning_rate_stands_for_its_point():
