@@ -109,7 +109,7 @@ def listed(own: Table, rows: Asked, before: int, after: int) -> tuple[Int[Array,
     keys = at.reshape(C, -1)
     finds = found(rows, own.code[keys], own.place[keys], before, after).reshape(C, R, before + after, R)
     each = jnp.arange(R)
-    earlier = (finds & (each < each[:, None])[None, :, None]).any(-1)
+    earlier = (finds & (each[None] < each[:, None])[None, :, None]).any(-1)
     here = jnp.take_along_axis(finds, each.reshape(1, R, 1, 1), axis=-1)[..., 0]
     return keys, (here & inside & ~earlier).reshape(C, -1)
 

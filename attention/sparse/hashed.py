@@ -176,7 +176,7 @@ class Hashed(Cached):
         key = inputs.key.astype(inputs.query.dtype)
         code = key_codes(lax.stop_gradient(key), directions, radius.astype(key.dtype))
         if inputs.mask.key_lengths is not None:
-            exists = jnp.arange(inputs.mask.num_keys) < inputs.mask.key_lengths[:, None]
+            exists = jnp.arange(inputs.mask.num_keys)[None] < inputs.mask.key_lengths[:, None]
             code = jnp.where(exists[:, None, :, None], code, HIDDEN)
         return query_codes(inputs.query, directions), code
 
