@@ -101,7 +101,7 @@ def value_reach(inputs: Inputs) -> Float[Array, "B K 1 T"]:
 
 
 def tail_share(logits: Float[Array, "*N S"], dropped: Bool[Array, "*N S"]) -> Float[Array, "*N"]:
-    """The share of the dropped entries in the sum of exponentials, each counted as at least `tiny`; -inf is no entry."""
+    """The share of the dropped entries in the sum of exponentials, each counted as at least `tiny`; -inf is none."""
     top = logits.max(-1, keepdims=True)
     terms = jnp.exp(jnp.where(jnp.isneginf(logits), -jnp.inf, logits - top))
     dropped &= logits > -jnp.inf

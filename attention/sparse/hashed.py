@@ -45,11 +45,11 @@ class Hashed(Cached):
 
     A key counts once, however many rounds find it. The bucket of x is the signs of b random projections (SimHash):
     x = (q, 0) for queries and x = (k, sqrt(M^2 - |k|^2)) for keys, so that all keys within the radius M have the
-    length M, the angle between x and x' falls as q.k grows, and P(same bucket) = (1 - angle / pi)^b orders keys by their
-    logits. Keys beyond M are hashed by their direction. M is a constant of `params`, not the largest norm: that would let
-    a later key change an earlier bucket. For the same reason a bucket is read outwards from the query's own position,
-    its last `bucket` keys where causal and as many after it where not, and no order of rows by bucket is shared.
-    Queries and keys need not be equal. Gradients flow through what is read; the hash has none.
+    length M, the angle between query and key falls as q.k grows, and P(same bucket) = (1 - angle / pi)^b orders keys by
+    their logits. Keys beyond M are hashed by their direction. M is a constant of `params`, not the largest norm, which
+    would let a later key change an earlier bucket. For the same reason a bucket is read outwards from the query's own
+    position, its last `bucket` keys, and as many behind it where attention is not causal. Queries and keys need not be
+    equal. Gradients flow through what is read; the hash has none.
 
     Attributes:
         rounds: R, hashes of b bits each.

@@ -27,11 +27,11 @@ class Sampled(Cached):
         o = N / Z,    N = sum_{j kept} e^{l_j} v_j + (n / m) sum_{s <= m} e^{l_{j_s}} v_{j_s},
                       Z = sum_{j kept} e^{l_j}     + (n / m) sum_{s <= m} e^{l_{j_s}}.
 
-    A tile of queries, counted from position 0, keeps the first `sinks` keys and those from `window` before the tile to
-    its end (`window` after it where not causal), and all its rows and heads share one sample of the rest: the tail.
-    Where the tail has no more than m keys, all of it is read. What is drawn depends on `params` and on the number of the
-    tile alone, so that no later token changes it and decoding draws as the whole does. Gradients flow through what was
-    read, by its weight.
+    A tile of queries, counted from position 0, keeps the first `sinks` keys and those from `window` before the tile
+    to its end (`window` after it where not causal), and its rows and all heads share one sample of the rest, the tail.
+    Where the tail has no more than m keys, all of it is read. What is drawn depends on `params` and on the number of
+    the tile alone, so that no later token changes it and decoding draws as the whole does. Gradients flow through what
+    was read, by its weight.
 
     Attributes:
         samples: m.
