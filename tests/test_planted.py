@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attention import Cost, Exact, Method
+from attention import Cost, Exact, Method, Sampled
 from attention.testing import LAWS, Violation, check
 
 
@@ -59,6 +59,30 @@ class InventedCertificate(Exact, register=False):
     """Declares no bound, and gives one."""
 
     capabilities = dataclasses.replace(Exact.capabilities, certificate="none")
+
+
+@planted
+class FalseProbability(Sampled, register=False):
+    """Fails at every draw, where one in twenty may."""
+
+    samples: int = 4
+    window: int = 2
+    query_block: int = 3
+
+    def certify(self, inputs):
+        output, certificate = super().certify(inputs)
+        return output, dataclasses.replace(certificate, error_bound=0 * certificate.error_bound)
+
+
+@planted
+class CertainProbability(Exact, register=False):
+    """Calls a bound probable and states no probability of failure."""
+
+    capabilities = dataclasses.replace(Exact.capabilities, certificate="probabilistic")
+
+    def certify(self, inputs):
+        output, certificate = super().certify(inputs)
+        return output, dataclasses.replace(certificate, kind="probabilistic")
 
 
 @planted
@@ -187,6 +211,8 @@ CAUGHT_BY = {
     MeanForEmptyRows: "rows_that_see_nothing_are_zero",
     FalseCertificate: "certificates_hold",
     InventedCertificate: "certificates_hold",
+    FalseProbability: "certificates_hold",
+    CertainProbability: "certificates_hold",
     Recompiles: "a_second_eager_call_does_not_recompile",
     MixesTheBatch: "batch_elements_are_independent",
     TilesGroupedHeads: "grouped_heads_equal_repeated_heads",

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from attention.cache import Cached, KeyValueCache
+from attention.cache import KeyValueCache
 from attention.exact import Exact, softmax
 from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
 from attention.logits import soft_capped
 from attention.masks import Mask
-from attention.method import Certificate, Cost, Params, check_positive, compiled
+from attention.method import Certificate, Cost, Method, Params, check_positive, compiled
 from attention.rounding import norms
 from attention.sparse.block_topk import one_head
 from attention.sparse.bounds import sparse_certificate, tail_share
@@ -37,7 +37,7 @@ class _Read(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hashed(Cached):
+class Hashed(Method):
     r"""Softmax over the keys that share a bucket with the query in any of R rounds, and over those beside it.
 
         o_i = sum_{j in A_i} e^{l_ij} v_j / sum_{j in A_i} e^{l_ij},
@@ -131,7 +131,8 @@ class Hashed(Cached):
 
     def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> HashedCache:
         code = jnp.full((batch, max_length, num_kv_heads, self.rounds), HIDDEN, jnp.int32)
-        cache = super().init_state(batch, num_kv_heads, head_dim, max_length, dtype)
+        room = jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype)
+        cache = KeyValueCache(key=room, value=room, length=jnp.zeros((), jnp.int32))
         return HashedCache(cache=cache, code=code)
 
     def extend(self, state: HashedCache, query, key, value, **options: Any) -> tuple[HashedCache, Array]:

@@ -105,17 +105,18 @@ class Sampled(Cached):
         return self.attend(inputs)  # which empties what it reads, and reads no more than that
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
-        rounding = 2 * rounding_bound(inputs, rescalings=1)
         limits = lax.stop_gradient(_limits(inputs))
-        odds = odds_rounding(inputs, rescalings=0)
+        numbers = (2 * rounding_bound(inputs, rescalings=1), odds_rounding(inputs, rescalings=0))
+        shape = (-1, *inputs.query.shape[2:4])
+        numbers = tuple(jnp.broadcast_to(x, inputs.query.shape[:-1]).reshape(shape) for x in numbers)
 
         def result(part: Inputs, tile: _Tile):
             found = _weighted(part, tile)
-            own, ratio = (lax.dynamic_index_in_dim(x, tile.head, keepdims=False) for x in (rounding, odds))
-            return found.output, *self._bounds(part, tile, found, limits, *(x[:, tile.at] for x in (own, ratio)))
+            own, (rounding, odds) = jax.tree.map(
+                lambda x: lax.dynamic_index_in_dim(x, tile.head, keepdims=False), (limits, numbers)
+            )
+            return found.output, *_bounds(part, tile, found, own, rounding[:, tile.at], odds[:, tile.at], self.delta)
 
-        rounding, odds = (jnp.broadcast_to(x, inputs.query.shape[:-1]) for x in (rounding, odds))
-        rounding, odds = (x.reshape(-1, *x.shape[2:]) for x in (rounding, odds))
         output, bound, mass = self._over_tiles(inputs, result)
         seen, S = sees_any(inputs.mask), inputs.mask.num_keys
         read = min(1.0, (self._width(inputs.mask) + min(self.sinks, S) + min(self.samples, S)) / S)
@@ -126,16 +127,6 @@ class Sampled(Cached):
             kind="probabilistic",
             confidence=1 - self.delta,
         )
-
-    def _bounds(self, part: Inputs, tile: "_Tile", found: "_Weighted", limits: "_Limits", rounding, odds):
-        """The error bound and the dropped mass of the rows of a tile."""
-        own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, tile.head, keepdims=False), limits)
-        sample, centre = _sample(part, tile, found, own)
-        away = outward(rounding.dtype, centre.size) * norms(found.output - centre) + rounding
-        error, mass = sampled_bound(sample, away, odds, self.delta)
-        error = jnp.fmin(error, own.apart[tile.at][None])
-        some = (found.total > 0) | (tile.count == 0)
-        return jnp.where(some, 1.001 * error + rounding, jnp.inf), jnp.where(some, mass, 1)
 
     def _width(self, mask: Mask) -> int:
         """How many keys around a tile it keeps, beside the sinks."""
@@ -340,6 +331,16 @@ def _sample(part: Inputs, tile: _Tile, found: _Weighted, own: _Limits) -> tuple[
         most=1.001 * jnp.exp(reach - found.level + slack),
         radius=radius,
     ), base + offset
+
+
+def _bounds(part: Inputs, tile: _Tile, found: _Weighted, own: _Limits, rounding, odds, delta: float):
+    """The error bound and the dropped mass of the rows of a tile."""
+    sample, centre = _sample(part, tile, found, own)
+    away = outward(rounding.dtype, centre.size) * norms(found.output - centre) + rounding
+    error, mass = sampled_bound(sample, away, odds, delta)
+    error = jnp.fmin(error, own.apart[tile.at][None])
+    some = (found.total > 0) | (tile.count == 0)  # an output of 0 is no mean of values
+    return jnp.where(some, 1.001 * error + rounding, jnp.inf), jnp.where(some, mass, 1)
 
 
 def _joined(tiles: Array, shift, T: int) -> Array:

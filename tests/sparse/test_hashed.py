@@ -106,7 +106,7 @@ def by_definition(case, params, options):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_row_reads_what_its_buckets_hold_once(options):
-    """Against sets, key by key. 1e-5 is a hundred roundoffs of values of order one; a key counted twice is order one."""
+    """Against sets, key by key. 1e-5 is a hundred roundoffs of a value; a key counted twice is of order one."""
     case = draw(1)
     params = METHOD.init(jax.random.key(1), num_heads=4, head_dim=8)
     attended = jax.jit(functools.partial(dot_product_attention, method=METHOD), static_argnames="is_causal")

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from attention import Params, Sampled, certified_attention, dot_product_attention
 from attention.sparse import sampled
+from attention.testing.accuracy import most_failures
 from attention.testing.cases import Case, draw
 from attention.testing.oracle import oracle
 
@@ -65,11 +65,6 @@ def measured(case: Case, temperature: float, seed: int, draws: int, method: Samp
     expected, weights = oracle(*case, temperature=np.float32(temperature), **options)
     error = np.linalg.norm(np.asarray(outputs, np.float64) - expected[0], axis=-1)
     return error, np.asarray(bounds, np.float64), np.asarray(masses, np.float64), weights
-
-
-def most_failures(draws: int, confidence: float) -> float:
-    """What a row that keeps its word exceeds with probability 1e-6."""
-    return stats.binom.ppf(1 - 1e-6, draws, 1 - confidence)
 
 
 @pytest.mark.parametrize("family", NATURAL + ADVERSARIAL)
