@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attention import Params, Sampled, certified_attention, dot_product_attention
-from attention.sparse import sampled
+from attention.sparse import sampled_bounds, tail
 from attention.testing.accuracy import most_failures
 from attention.testing.cases import Case, draw
 from attention.testing.oracle import oracle
@@ -22,7 +22,7 @@ def problem(family: str, seed: int = 0) -> Case:
     """Four queries at the end of 400 keys, with what a sample can get wrong in the tail."""
     rng = np.random.default_rng(seed)
     query, key, value = draw(seed, B=1, T=T, S=S, N=2, K=1, H=H)
-    tail = rng.integers(10, S - 30)
+    token = rng.integers(10, S - 30)
     match family:
         case "clustered pages":
             key[0] = np.repeat(rng.standard_normal((S // 16, 1, H)), 16, axis=0) + 0.1 * key[0]
@@ -32,9 +32,9 @@ def problem(family: str, seed: int = 0) -> Case:
         case "duplicated keys":
             key[0] = key[0, rng.integers(4, size=S)]
         case "one huge key":  # which a sample rarely holds, and all weight is on it for some queries
-            key[0, tail] *= 6
+            key[0, token] *= 6
         case "one huge value":
-            value[0, tail] *= 1e4
+            value[0, token] *= 1e4
         case "a shifted end":  # values of the last quarter of the tail are elsewhere
             value[0, 3 * S // 4 :] += 5
     return Case(query, key, value).astype(np.float32)
@@ -75,8 +75,8 @@ def test_certificates_fail_no_more_often_than_they_say(family, record_property):
         assert not np.isnan(bound).any()
         failures = (error > bound).sum(0)
         assert failures.max() <= most_failures(DRAWS, 1 - METHOD.delta)
-        tail = weights[0, :, :, 4 : S - T - METHOD.window].sum(-1).T  # of what is not kept in any case
-        assert ((tail > mass).sum(0)).max() <= most_failures(DRAWS, 1 - METHOD.delta)
+        lost = weights[0, :, :, 4 : S - T - METHOD.window].sum(-1).T  # of what is not kept in any case
+        assert ((lost > mass).sum(0)).max() <= most_failures(DRAWS, 1 - METHOD.delta)
         record_property("failures", f"{family}, temperature {temperature:g}: {failures.sum()} of {error.size}")
 
 
@@ -104,15 +104,15 @@ def test_the_bound_says_something_and_falls_with_the_sample():
 
 
 PLANTS = {
-    "a sign": ("sampled_bound", "one huge value"),
-    "a page missing": ("_tail", "a shifted end"),
-    "value-blind": ("_sample", "one huge value"),
-    "no range": ("_sample", "one huge key"),
+    "a sign": (sampled_bounds, "sampled_bound", "one huge value"),
+    "a page missing": (tail, "_tail", "a shifted end"),
+    "value-blind": (sampled_bounds, "_sample", "one huge value"),
+    "no range": (sampled_bounds, "_sample", "one huge key"),
 }
 
 
 def planted(plant: str, right):
-    """A function of `attention.sparse.sampled` with a mistake in it."""
+    """A function of the certificate with a mistake in it."""
 
     def wrong(*arguments):
         found = right(*arguments)
@@ -133,8 +133,8 @@ def planted(plant: str, right):
 @pytest.mark.parametrize("plant", PLANTS)
 def test_planted_mistakes_fail_more_often(plant, monkeypatch):
     """By the check that the true certificate passes."""
-    name, family = PLANTS[plant]
-    monkeypatch.setattr(sampled, name, planted(plant, getattr(sampled, name)))
+    module, name, family = PLANTS[plant]
+    monkeypatch.setattr(module, name, planted(plant, getattr(module, name)))
     samples = 97 + list(PLANTS).index(plant)  # a program of its own
     method = Sampled(samples=samples, window=16, sinks=4, query_block=4)
     temperature = 1.0 if plant == "no range" else 8.0
