@@ -19,6 +19,7 @@ class Limits(NamedTuple):
 
     key: Float[Array, "BK S"]
     key_spread: Float[Array, "BK S"]
+    value: Float[Array, "BK S"]
     value_spread: Float[Array, "BK S"]
     sums: Float[Array, "BK S E"]
     apart: Float[Array, "BK T"]
@@ -30,7 +31,7 @@ def limits_of(inputs: Inputs) -> Limits:
     wide = outward(dtype, max(key.shape[-1], value.shape[-1]))
     apart = jnp.broadcast_to(value_reach(inputs)[:, :, 0], (*inputs.key.shape[:2], inputs.mask.num_queries))
     return Limits(
-        *(wide * lax.cummax(norms(x), axis=1) for x in (key, key - key[:, :1], value - value[:, :1])),
+        *(wide * lax.cummax(norms(x), axis=1) for x in (key, key - key[:, :1], value, value - value[:, :1])),
         jnp.cumsum(value - value[:, :1], axis=1),
         apart.reshape(-1, inputs.mask.num_queries),
     )
@@ -39,7 +40,7 @@ def limits_of(inputs: Inputs) -> Limits:
 def row_bounds(part: Inputs, tile: Tile, found: Weighted, own: Limits, rounding, odds, delta: float):
     """The error bound and the dropped mass of the rows of a tile."""
     sample, centre = _sample(part, tile, found, own)
-    away = outward(rounding.dtype, centre.size) * norms(found.output - centre) + rounding
+    away = outward(rounding.dtype, centre.size) * norms(found.output - centre[None, None]) + rounding
     error, mass = sampled_bound(sample, away, odds, delta)
     error = jnp.fmin(error, own.apart[tile.at][None])
     some = (found.total > 0) | (tile.count == 0)  # an output of 0 is no mean of values
@@ -61,9 +62,11 @@ def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits) -> tuple[Sam
     offset = (sums[0] - sums[1] + after) / jnp.maximum(tail.count, 1)
     base = part.value[0, 0, 0].astype(dtype)
     wide = outward(dtype, base.size)
-    radius = wide * (upto(own.value_spread, last) + norms(offset) + 2 * roundoff(dtype) * norms(base))
+    centre = base + offset
+    radius = jnp.minimum(upto(own.value_spread, last) + norms(base - centre), upto(own.value, last) + norms(centre))
+    radius = wide * (radius + 4 * roundoff(dtype) * norms(base))
     unit = jnp.where(radius > 0, radius, 1)
-    distance = norms(found.value[-m:] - (base + offset)[None]) / unit
+    distance = norms(found.value[-m:] - centre[None]) / unit
 
     length, product = (
         outward(dtype, H) * norms(query),
@@ -85,4 +88,4 @@ def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits) -> tuple[Sam
         moment=jnp.sqrt(((weights * distance[None, None]) ** 2).mean(-1)) + vanished,
         most=1.001 * jnp.exp(reach - found.level + slack),
         radius=radius,
-    ), base + offset
+    ), centre

@@ -37,7 +37,8 @@ def test_buckets_collide_as_the_closed_form_says(pairs, bits):
     1 - (1 - p)^R for R rounds. Frequencies over independent draws err by sqrt(p (1 - p) / draws): 4 of that."""
     query, keys, angles = pairs
     directions = jax.random.normal(jax.random.key(bits), (DRAWS, bits, H + 1))
-    same = np.asarray(query_codes(query, directions)[None] == key_codes(keys, directions, jnp.float32(M)))
+    mine, theirs = query_codes(jnp.asarray(query), directions), key_codes(jnp.asarray(keys), directions, jnp.float32(M))
+    same = np.asarray(mine)[None] == np.asarray(theirs)
     once = (1 - angles / np.pi) ** bits
     for rounds in (1, 4):
         expected = 1 - (1 - once) ** rounds
@@ -84,13 +85,13 @@ def by_definition(case, params, options):
     causal, segments = options.get("is_causal", False), options.get("query_segment_ids", np.zeros((B, T), int))
     visible = visibility((B, N, T, S), None, causal, "top_left", *(options.get(n) for n in names), None)
     lengths = options.get("key_value_seq_lengths", (S,) * B)
-    seen = visible.any(2)
+    query, key, _ = case.astype(jnp.float32)
+    queries = np.asarray(query_codes(query, params.constants["directions"]))
+    keys = np.asarray(key_codes(key, **params.constants))
     output = np.zeros((B, T, N, case.value.shape[3]))
     for b, i, n in np.ndindex(B, T, N):
         k = n // (N // K)
-        key = np.where(seen[b, n][:, None], case.key[b, :, k], 0)
-        mine = np.asarray(query_codes(np.float32(case.query[b, i, n]), params.constants["directions"]))
-        theirs = np.asarray(key_codes(np.float32(key), params.constants["directions"], params.constants["radius"]))
+        mine, theirs = queries[b, i, n], keys[b, :, k]
         chosen = {j for j in range(S) if abs(i - j) < METHOD.window}
         for r in range(METHOD.rounds):
             bucket = [j for j in range(lengths[b]) if theirs[j, r] == mine[r] and segments[b, j] == segments[b, i]]
