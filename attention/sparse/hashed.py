@@ -194,7 +194,8 @@ class Hashed(Method):
             b, k, g = n // (K * G), n // G % K, n % G
             part = inputs.part(b, 1, k, 1)
             query = lax.dynamic_slice_in_dim(part.query, g, 1, axis=2)
-            part = dataclasses.replace(part, query=query, mask=one_head(inputs.mask, b, k, g))
+            beta = lax.dynamic_slice_in_dim(part.beta, g, 1, axis=1) if part.beta.ndim else part.beta
+            part = dataclasses.replace(part, query=query, beta=beta, mask=one_head(inputs.mask, b, k, g))
             own = Table((), keys[b, k], keys[b, k]) if tables is None else jax.tree.map(lambda x: x[b, k], tables)
             each = jax.checkpoint(lambda at: result(part, at, queries[b, k, g][at], own))
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], lax.map(each, rows))
