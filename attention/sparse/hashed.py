@@ -1,23 +1,24 @@
 """Softmax attention over the keys that a random hash puts into the query's buckets."""
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attention.cache import KeyValueCache
-from attention.exact import Exact, softmax
+from attention.exact import Exact
 from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
-from attention.logits import soft_capped
 from attention.masks import Mask
 from attention.method import Certificate, Cost, Method, Params, check_positive, compiled
 from attention.rounding import norms
 from attention.sparse.block_topk import one_head
-from attention.sparse.bounds import sparse_certificate, tail_share
-from attention.sparse.buckets import HIDDEN, Asked, Table, asked, found, key_codes, latest, listed, query_codes, table
+from attention.sparse.bounds import sparse_certificate
+from attention.sparse.bucket_rows import Rule, attended, dropped
+from attention.sparse.buckets import HIDDEN, Table, key_codes, query_codes, table
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +28,6 @@ class HashedCache:
 
     cache: KeyValueCache
     code: Int[Array, "B L K R"]
-
-
-class _Read(NamedTuple):
-    """What each row reads: keys, and which of the slots hold one."""
-
-    keys: Int[Array, "C n"]
-    exists: Bool[Array, "C n"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,13 +112,12 @@ class Hashed(Method):
 
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
         queries, keys = self._codes(inputs)
-        return self._by_rows(inputs, queries, keys, self._output)
+        return self._by_rows(inputs, queries, keys, self._attended)
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
         queries, keys = self._codes(inputs)
-        output, (tail, some) = self._by_rows(
-            inputs, queries, keys, lambda *row: (self._output(*row), self._dropped(*row))
-        )
+        output = self._by_rows(inputs, queries, keys, self._attended)
+        tail, some = self._by_rows(inputs, queries, keys, functools.partial(dropped, self._rule()))
         certificate = sparse_certificate(inputs, tail, work=1.0)
         bound = jnp.where(some | (certificate.error_bound == 0), certificate.error_bound, jnp.inf)
         return output, dataclasses.replace(certificate, error_bound=bound)
@@ -159,8 +152,8 @@ class Hashed(Method):
         """The output over a cache whose buckets are known; a single row needs no table."""
         inputs, queries, keys = operands
         if inputs.mask.num_queries > 1:
-            return self._by_rows(emptied(inputs), queries, keys, self._output)
-        return self._by_rows(inputs, queries, keys, self._output, sort=False)
+            return self._by_rows(emptied(inputs), queries, keys, self._attended)
+        return self._by_rows(inputs, queries, keys, self._attended, sort=False)
 
     def _codes(self, inputs: Inputs) -> tuple[Int[Array, "B K G T R"], Int[Array, "B K S R"]]:
         """The buckets of queries and keys; keys beyond their sequence are in none."""
@@ -203,56 +196,11 @@ class Hashed(Method):
         found = lax.map(head, jnp.arange(B * K * G))
         return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)
 
-    def _reach(self, mask: Mask) -> tuple[int, int]:
-        """How many keys of a bucket are read up to a row, and behind it."""
-        most = min(self.bucket, mask.num_keys)
-        return most, 0 if mask.causal else most
+    def _rule(self) -> Rule:
+        return Rule(self.rounds, self.bucket, self.window)
 
-    def _asked(self, part: Inputs, rows, codes, own: Table) -> Asked:
-        mine = part.mask.query_segments
-        return asked(own, codes, _positions(part.mask, rows), None if mine is None else mine[0][rows])
-
-    def _output(self, part: Inputs, rows: Int[Array, " C"], codes: Int[Array, "C R"], own: Table):
-        """Softmax of each row over its own keys."""
-        read = self._latest(part, rows, codes, own) if not own.columns else self._listed(part, rows, codes, own)
-        visible = jax.vmap(lambda i, at: part.mask.at(i[None], at)[0, 0, 0, 0])(rows, read.keys) & read.exists
-        query = part.query[0, 0, 0][rows]
-        key, value = (jnp.take(x[0, 0], read.keys, axis=0).astype(query.dtype) for x in (part.key, part.value))
-        logits = soft_capped(jnp.einsum("ch,cnh->cn", query, key, precision=lax.Precision.HIGHEST), part.soft_cap)
-        weights = softmax(jnp.where(visible, logits, -jnp.inf))
-        return jnp.einsum("cn,cne->ce", weights, value, precision=lax.Precision.HIGHEST)
-
-    def _listed(self, part: Inputs, rows, codes, own: Table) -> _Read:
-        """The keys beside each row, then those that a round finds and that are not beside it."""
-        mask, S = part.mask, part.mask.num_keys
-        position = _positions(mask, rows)[:, None]
-        beside = position + jnp.arange(1 - self.window, 1 if mask.causal else self.window)[None]
-        keys, first = listed(own, self._asked(part, rows, codes, own), *self._reach(mask))
-        exists = jnp.concatenate([(beside >= 0) & (beside < S), first & ~self._beside(position, keys)], axis=1)
-        return _Read(jnp.concatenate([beside.clip(0, S - 1), keys], axis=1), exists)
-
-    def _latest(self, part: Inputs, rows, codes, own: Table) -> _Read:
-        """The same for one row behind all keys."""
-        every, position = jnp.arange(part.mask.num_keys), _positions(part.mask, rows)
-        chosen = latest(own.code, codes[0], every <= position[0], self._reach(part.mask)[0])
-        chosen |= self._beside(position[0], every) & (every <= position[0])
-        count = jnp.cumsum(chosen, dtype=jnp.int32)
-        n = min(every.size, self.window + self.rounds * self.bucket)
-        keys = jnp.searchsorted(count, jnp.arange(1, n + 1))  # where the count rises to 1, 2, ...
-        return _Read(keys.clip(max=every.size - 1).astype(jnp.int32)[None], (jnp.arange(n) < count[-1])[None])
-
-    def _beside(self, position, keys):
-        return jnp.abs(position - keys) < self.window
-
-    def _dropped(self, part: Inputs, rows, codes, own: Table) -> tuple[Float[Array, " C"], Bool[Array, " C"]]:
-        """The share of the keys that were not read, and whether any was, by the definition of A and all logits."""
-        mask, every = part.mask, jnp.arange(part.mask.num_keys)
-        query, key = part.query[0, 0, 0][rows], part.key[0, 0].astype(part.query.dtype)
-        logits = soft_capped(jnp.einsum("ch,sh->cs", query, key, precision=lax.Precision.HIGHEST), part.soft_cap)
-        logits = jnp.where(mask.at(rows, every)[0, 0, 0], logits, -jnp.inf)
-        kept = found(self._asked(part, rows, codes, own), own.code[None], own.place[None], *self._reach(mask)).any(-1)
-        kept |= self._beside(_positions(mask, rows)[:, None], every[None])
-        return tail_share(logits, ~kept), (kept & (logits > -jnp.inf)).any(-1)
+    def _attended(self, part: Inputs, rows, codes, own: Table) -> Float[Array, "C E"]:
+        return attended(self._rule(), part, rows, codes, own)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """Each comparison of a sort is counted as one operation."""
@@ -261,7 +209,3 @@ class Hashed(Method):
         sorts = 2.0 * self.rounds * (S + T) * max(1, S.bit_length())
         numbers = 2.0 * T * head_dim + 2.0 * S * head_dim + 2.0 * T * read * head_dim + 4.0 * self.rounds * (T + S)
         return Cost(num_heads * (hashes + sorts + 4.0 * T * read * head_dim), 4.0 * num_heads * numbers)
-
-
-def _positions(mask: Mask, rows: Int[Array, " C"]) -> Int[Array, " C"]:
-    return rows if mask.offset is None else rows + mask.offset[0]
