@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attention import Cost, Exact, Method, Sampled
+from attention import Cost, Exact, Method
 from attention.testing import LAWS, Violation, check
 
 
@@ -62,16 +62,14 @@ class InventedCertificate(Exact, register=False):
 
 
 @planted
-class FalseProbability(Sampled, register=False):
+class FalseProbability(Exact, register=False):
     """Fails at every draw, where one in twenty may."""
 
-    samples: int = 4
-    window: int = 2
-    query_block: int = 3
+    capabilities = dataclasses.replace(Exact.capabilities, certificate="probabilistic")
 
     def certify(self, inputs):
         output, certificate = super().certify(inputs)
-        return output, dataclasses.replace(certificate, error_bound=0 * certificate.error_bound)
+        return output * 1.01, dataclasses.replace(certificate, kind="probabilistic", confidence=0.95)
 
 
 @planted
