@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -13,8 +14,10 @@ from flax import nnx
 
 from attention import Certified, certified_attention
 from attention.method import METHODS
+from attention.testing.accuracy import most_failures
 from attention.testing.cases import Case, families, params_for
 from attention.testing.oracle import oracle
+from experiments import benchmark, coverage
 from experiments.data import validation_batches
 from experiments.saved import load
 from experiments.steps import model_graph
@@ -79,3 +82,16 @@ def test_no_certificate_is_broken(method, dtype, causal, trained, record_propert
         assert np.all(error <= bound), f"seed {seed}: {np.max(error - bound):.3g} above the bound"
         ratios += (error / np.where(bound > 0, bound, 1)).max((1, 2)).tolist()
     record_property("error / bound", {type(method).__name__: ratios})
+
+
+def test_coverage_is_measured(tmp_path, capsys):
+    options = "--tokens 96 --head-size 4 --samples 16 --temperatures 8 --draws 64"
+    benchmark.main(["coverage", *options.split(), "--out", str(tmp_path / "coverage")])
+    cells = json.loads((tmp_path / "coverage" / "results.json").read_text())["cells"]
+    assert [cell["family"] for cell in cells] == list(coverage.FAMILIES)
+    for cell in cells:
+        low, high = cell["interval"]
+        assert low <= cell["failures"] / cell["draws"] <= high
+        assert cell["failures"] <= most_failures(cell["draws"], 0.95)
+    assert (tmp_path / "coverage" / "coverage.png").exists()
+    assert "huge key" in capsys.readouterr().out
