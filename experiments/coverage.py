@@ -17,7 +17,7 @@ from scipy import stats
 
 import attention
 from attention.testing.oracle import oracle
-from experiments.drawing import look, panels
+from experiments.drawing import COLUMNS, look, panels
 from experiments.timing import spread
 
 QUERIES = 4  # at the end of the keys
@@ -170,6 +170,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], None
 def figure(results: list[dict[str, Any]]) -> Figure:
     """Median bound and error in units of the largest distance of two values, over temperature, a panel a family."""
     drawing, axes = panels(len(FAMILIES), sharex=True, sharey=True)
+    drawing.set_layout_engine("constrained")
     for panel, family in zip(axes, FAMILIES, strict=True):
         for index, samples in enumerate(dict.fromkeys(x["samples"] for x in results)):
             cells = [x for x in results if x["family"] == family and x["samples"] == samples]
@@ -183,7 +184,8 @@ def figure(results: list[dict[str, Any]]) -> Figure:
         panel.set_yscale("log")
         panel.grid(alpha=0.25, color="#888888")
         panel.set_xlabel("temperature")
-    axes[0].set_ylabel("median, of the largest distance of two values")
+    for panel in axes[::COLUMNS]:
+        panel.set_ylabel("median / largest distance\nof two values")
     drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return drawing
 

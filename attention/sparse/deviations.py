@@ -50,7 +50,8 @@ def scalar_deviation(deviation, most, m: int, delta: float):
 def vector_deviation(moment, most, m: int, delta: float):
     r"""|mean of m draws - expectation| of vectors no longer than `most`, from the root of their mean squared length.
 
-        s sqrt(2 L / m) + 4 most L / (3 m),    s = moment + most sqrt(2 L / m),    L = ln(8 / delta),
+        g + sqrt(g^2 + h^2 s^2),    g = 2 most L / (3 m),    h^2 = 2 L / m,    L = ln(8 / delta),
+        s = h most / 2 + sqrt((h most / 2)^2 + moment^2),
 
     with probability at least 1 - delta / 2: delta / 4 for the vectors and delta / 8 for s.
 
@@ -60,8 +61,15 @@ def vector_deviation(moment, most, m: int, delta: float):
         JIPAM 4 (2003), theorem 2.1.
     """
     L = math.log(EVENTS / delta)
-    step = math.sqrt(2 * L / m)
-    return (moment + most * step) * step + most * (4 * L / (3 * m))
+    half, range_term = math.sqrt(2 * L / m) / 2 * most, 2 * L / (3 * m) * most
+    largest = half + _length(half, moment)
+    return range_term + _length(range_term, math.sqrt(2 * L / m) * largest)
+
+
+def _length(x, y):
+    """sqrt(x^2 + y^2), for numbers whose squares overflow or vanish."""
+    high, low = jnp.maximum(x, y), jnp.minimum(x, y)
+    return high * jnp.sqrt(1 + (low / jnp.where(high > 0, high, 1)) ** 2)
 
 
 def sampled_bound(sample: Sample, away, odds, delta: float) -> tuple[Array, Array]:
