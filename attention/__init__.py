@@ -21,7 +21,7 @@ from attention.method import (
     parse_method,
 )
 from attention.scale_rules import SCALE_RULES, adaptive_factor, visible_keys, yarn_factor
-from attention.sparse import BlockTopK, Certified, LocalChunked, SlidingWindow, TopK
+from attention.sparse import BlockTopK, Certified, Hashed, LocalChunked, Sampled, SlidingWindow, TopK
 
 __all__ = [
     "METHODS",
@@ -37,6 +37,7 @@ __all__ = [
     "Diagnostics",
     "Exact",
     "Fused",
+    "Hashed",
     "Hedgehog",
     "LinearElu",
     "LocalChunked",
@@ -44,6 +45,7 @@ __all__ = [
     "Nystrom",
     "Params",
     "Performer",
+    "Sampled",
     "SlidingWindow",
     "Taylor",
     "TopK",

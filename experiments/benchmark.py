@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import attention
-from experiments import certified, features, linear, memory, probe_cost, race, sparse, temperature, throughput
+from experiments import certified, coverage, features, linear, memory, probe_cost, race, sparse, temperature, throughput
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment, keep_memory
@@ -154,6 +154,7 @@ Benchmark = (
     | Annotated[memory.Memory, tyro.conf.subcommand("memory")]
     | Annotated[throughput.Throughput, tyro.conf.subcommand("throughput")]
     | Annotated[certified.Certified, tyro.conf.subcommand("certified")]
+    | Annotated[coverage.Coverage, tyro.conf.subcommand("coverage")]
     | Annotated[temperature.Temperature, tyro.conf.subcommand("temperature")]
     | Annotated[linear.Linear, tyro.conf.subcommand("linear")]
     | Annotated[features.Features, tyro.conf.subcommand("features")]

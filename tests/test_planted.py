@@ -62,6 +62,28 @@ class InventedCertificate(Exact, register=False):
 
 
 @planted
+class FalseProbability(Exact, register=False):
+    """Fails at every draw, where one in twenty may."""
+
+    capabilities = dataclasses.replace(Exact.capabilities, certificate="probabilistic")
+
+    def certify(self, inputs):
+        output, certificate = super().certify(inputs)
+        return output * 1.01, dataclasses.replace(certificate, kind="probabilistic", confidence=0.95)
+
+
+@planted
+class CertainProbability(Exact, register=False):
+    """Calls a bound probable and states no probability of failure."""
+
+    capabilities = dataclasses.replace(Exact.capabilities, certificate="probabilistic")
+
+    def certify(self, inputs):
+        output, certificate = super().certify(inputs)
+        return output, dataclasses.replace(certificate, kind="probabilistic")
+
+
+@planted
 class Recompiles(Exact, register=False):
     def __eq__(self, other):
         return False
@@ -187,6 +209,8 @@ CAUGHT_BY = {
     MeanForEmptyRows: "rows_that_see_nothing_are_zero",
     FalseCertificate: "certificates_hold",
     InventedCertificate: "certificates_hold",
+    FalseProbability: "certificates_hold",
+    CertainProbability: "certificates_hold",
     Recompiles: "a_second_eager_call_does_not_recompile",
     MixesTheBatch: "batch_elements_are_independent",
     TilesGroupedHeads: "grouped_heads_equal_repeated_heads",

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attention.inputs import Inputs
 from attention.method import Certificate
@@ -98,6 +98,15 @@ def value_reach(inputs: Inputs) -> Float[Array, "B K 1 T"]:
     wide = 1 + (value.shape[-1] + 8) * float(jnp.finfo(value.dtype).eps)
     radii = (max_over_visible(inputs.mask, _known(wide * norms(x))) for x in (value, value - value[:, :, :1]))
     return 2 * jnp.minimum(*radii)
+
+
+def tail_share(logits: Float[Array, "*N S"], dropped: Bool[Array, "*N S"]) -> Float[Array, "*N"]:
+    """The share of the dropped entries in the sum of exponentials, each counted as at least `tiny`; -inf is none."""
+    top = logits.max(-1, keepdims=True)
+    terms = jnp.exp(jnp.where(jnp.isneginf(logits), -jnp.inf, logits - top))
+    dropped &= logits > -jnp.inf
+    tail = jnp.where(dropped, jnp.maximum(terms, jnp.finfo(logits.dtype).tiny), 0).sum(-1)
+    return tail / jnp.where(tail > 0, tail + jnp.where(dropped, 0, terms).sum(-1), 1)
 
 
 def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, "B K G T"]:

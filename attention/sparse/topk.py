@@ -13,7 +13,7 @@ from attention.cache import Cached
 from attention.exact import Exact, softmax, weighted_values
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
-from attention.sparse.bounds import sparse_certificate
+from attention.sparse.bounds import sparse_certificate, tail_share
 from attention.sparse.threshold import kth_largest
 
 
@@ -63,7 +63,7 @@ class TopK(Cached):
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
         def rows(logits, threshold, value):
-            return weighted_values(_kept(logits, threshold), value), _tail(logits, threshold)
+            return weighted_values(_kept(logits, threshold), value), tail_share(logits, logits < threshold)
 
         output, tail = self._by_rows(inputs, rows)
         return output, sparse_certificate(inputs, tail, work=1.0)
@@ -103,15 +103,6 @@ class TopK(Cached):
 def _kept(logits: Float[Array, "*N S"], threshold: Float[Array, "*N 1"]) -> Float[Array, "*N S"]:
     """Softmax over the entries not below the threshold; NaN is kept, so that it cannot go unnoticed."""
     return softmax(jnp.where(logits < threshold, -jnp.inf, logits))
-
-
-def _tail(logits: Float[Array, "*N S"], threshold: Float[Array, "*N 1"]) -> Float[Array, "*N"]:
-    """The share of the entries below the threshold in the sum of exponentials, each counted as at least `tiny`."""
-    top = logits.max(-1, keepdims=True)
-    terms = jnp.exp(jnp.where(jnp.isneginf(logits), -jnp.inf, logits - top))
-    dropped = (logits < threshold) & (logits > -jnp.inf)
-    tail = jnp.where(dropped, jnp.maximum(terms, jnp.finfo(logits.dtype).tiny), 0).sum(-1)
-    return tail / jnp.where(tail > 0, tail + jnp.where(dropped, 0, terms).sum(-1), 1)
 
 
 def _rows_joined(T: int) -> Callable[[Array], Array]:

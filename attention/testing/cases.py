@@ -77,22 +77,26 @@ def families(seed: int, *, B: int, T: int, K: int = 2, N: int = 4, H: int = 8) -
     return Case(query, key, value)
 
 
-def params_for(method: Method, case: Case) -> Params:
-    """Parameters from a fixed key, in the dtype of the case: drawn in float32 whatever that is, then widened."""
+def params_for(method: Method, case: Case, seed: int = 0) -> Params:
+    """Parameters from the key of a seed, in the dtype of the case: drawn in float32 whatever that is, then widened."""
     heads, size = case.query.shape[-2:]
     dtype = jnp.promote_types(np.asarray(case.query).dtype, jnp.float32)
     widened = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-    return jax.tree.map(lambda x: jnp.asarray(widened(x)), _drawn(method, heads, size))
+    return jax.tree.map(lambda x: jnp.asarray(widened(x)), _drawn(method, heads, size, seed))
 
 
 @functools.lru_cache
-def _drawn(method: Method, heads: int, size: int) -> Params:
+def _drawn(method: Method, heads: int, size: int, seed: int) -> Params:
     with jax.enable_x64(False):
-        drawn = jax.jit(functools.partial(method.init, num_heads=heads, head_dim=size))(jax.random.key(0))
-        return jax.tree.map(np.asarray, drawn)
+        return jax.tree.map(np.asarray, _init(jax.random.key(seed), method=method, heads=heads, size=size))
 
 
-def run(method: Method, case: Case, form: str = "output", **options):
+@functools.partial(jax.jit, static_argnames=("method", "heads", "size"))
+def _init(rng, *, method: Method, heads: int, size: int) -> Params:
+    return method.init(rng, num_heads=heads, head_dim=size)
+
+
+def run(method: Method, case: Case, form: str = "output", *, seed: int = 0, **options):
     """Calls the method under jit; numbers and arrays among the options are traced, the rest is static.
 
     Calls that differ in numbers alone share a program, those that leave scale and temperature out among them.
@@ -102,10 +106,11 @@ def run(method: Method, case: Case, form: str = "output", **options):
         case: operands.
         form: "output", "certified" for (output, certificate), "both" for a pair of these, of which XLA compiles once
             what they share, or "residual" for (output, residual).
+        seed: of the parameters.
         options: of `attention.dot_product_attention`.
     """
     case, traced, static = _told_apart(case, options)
-    return _run(case, traced, params_for(method, case), method=method, form=form, static=static)
+    return _run(case, traced, params_for(method, case, seed), method=method, form=form, static=static)
 
 
 def run_with_gradients(method: Method, case: Case, cotangent, **options):

@@ -1,0 +1,91 @@
+"""Certificates of a sampled tail: sound ranges of its terms, and the statistics of what was drawn."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from attention.inputs import Inputs
+from attention.rounding import norms, product_roundoff, roundoff
+from attention.sparse.bounds import value_reach
+from attention.sparse.deviations import Sample, sampled_bound
+from attention.sparse.moments import outward
+from attention.sparse.tail import Tile, Weighted
+
+
+class Limits(NamedTuple):
+    """Running maxima along the keys of each head, rounded outward, and how far apart two values of a row may be."""
+
+    key: Float[Array, "BK S"]
+    key_spread: Float[Array, "BK S"]
+    value: Float[Array, "BK S"]
+    value_spread: Float[Array, "BK S"]
+    sums: Float[Array, "BK S E"]
+    apart: Float[Array, "BK T"]
+
+
+def limits_of(inputs: Inputs) -> Limits:
+    dtype = inputs.query.dtype
+    key, value = (x.astype(dtype).reshape(-1, *x.shape[2:]) for x in (inputs.key, inputs.value))
+    wide = outward(dtype, max(key.shape[-1], value.shape[-1]))
+    apart = jnp.broadcast_to(value_reach(inputs)[:, :, 0], (*inputs.key.shape[:2], inputs.mask.num_queries))
+    return Limits(
+        *(wide * lax.cummax(norms(x), axis=1) for x in (key, key - key[:, :1], value, value - value[:, :1])),
+        jnp.cumsum(value - value[:, :1], axis=1),
+        apart.reshape(-1, inputs.mask.num_queries),
+    )
+
+
+def row_bounds(part: Inputs, tile: Tile, found: Weighted, own: Limits, rounding, odds, delta: float):
+    """The error bound and the dropped mass of the rows of a tile."""
+    sample, centre = _sample(part, tile, found, own)
+    away = outward(rounding.dtype, centre.size) * norms(found.output - centre[None, None]) + rounding
+    error, mass = sampled_bound(sample, away, odds, delta)
+    error = jnp.fmin(error, own.apart[tile.at][None])
+    some = (found.total > 0) | (tile.count == 0)  # an output of 0 is no mean of values
+    return jnp.where(some, 1.001 * error + rounding, jnp.inf), jnp.where(some, mass, 1)
+
+
+def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits) -> tuple[Sample, Float[Array, " E"]]:
+    """The statistics of a sample, and the vector c around which those of the values are: the mean of the tail."""
+    query, first, m = part.query[0, 0][:, tile.at], part.key[0, 0, 0].astype(part.query.dtype), tile.sampled
+    dtype, H, tail = query.dtype, query.shape[-1], tile.tail
+    last = jnp.where(tail.count > tail.before, tail.resume + tail.count - tail.before, tail.begin + tail.before) - 1
+
+    def upto(x, index):
+        return jnp.where(index >= 0, jnp.take(x, index.clip(0), axis=0, mode="clip"), 0)
+
+    ends = (tail.begin + tail.before - 1, tail.begin - 1, last, tail.resume - 1)
+    sums = [upto(own.sums, end) for end in ends]
+    after = jnp.where(tail.count > tail.before, sums[2] - sums[3], 0)
+    offset = (sums[0] - sums[1] + after) / jnp.maximum(tail.count, 1)
+    base = part.value[0, 0, 0].astype(dtype)
+    wide = outward(dtype, base.size)
+    centre = base + offset
+    radius = jnp.minimum(upto(own.value_spread, last) + norms(base - centre), upto(own.value, last) + norms(centre))
+    radius = wide * (radius + 4 * roundoff(dtype) * norms(base))
+    unit = jnp.where(radius > 0, radius, 1)
+    distance = norms(found.value[-m:] - centre[None]) / unit
+
+    length, product = (
+        outward(dtype, H) * norms(query),
+        jnp.einsum("GRH,H->GR", query, first, precision=lax.Precision.HIGHEST),
+    )
+    near = product + length * (upto(own.key_spread, last) + (2 * H + 8) * product_roundoff(dtype) * norms(first))
+    reach = jnp.minimum(length * upto(own.key, last), near)
+    reach = reach if part.soft_cap is None else jnp.minimum(reach, part.soft_cap)
+    slack = 8 * roundoff(dtype) * (jnp.abs(reach) + jnp.abs(found.level) + jnp.abs(product))
+    weights, vanished = found.weights[..., -m:], float(jnp.finfo(dtype).tiny) ** 0.5
+    mean = weights.mean(-1)
+    return Sample(
+        count=tile.count.astype(dtype),
+        size=m,
+        kept=found.weights[..., :-m].sum(-1),
+        mean=mean,
+        deviation=jnp.sqrt(((weights - mean[..., None]) ** 2).sum(-1) / max(m - 1, 1)) + vanished,
+        root=jnp.sqrt((weights**2).mean(-1)) + vanished,
+        moment=jnp.sqrt(((weights * distance[None, None]) ** 2).mean(-1)) + vanished,
+        most=1.001 * jnp.exp(reach - found.level + slack),
+        radius=radius,
+    ), centre

@@ -1,0 +1,118 @@
+"""Probabilistic certificates fail no more often than they say, and planted mistakes in them do."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention import Params, Sampled, dot_product_attention
+from attention.sparse import sampled_bounds, tail
+from attention.testing.accuracy import most_failures
+from attention.testing.cases import draw
+from experiments.coverage import FAMILIES, QUERIES, Drawn, drawn, farthest, problem
+
+S, H, DRAWS = 400, 8, 2048
+METHOD = Sampled(samples=96, window=16, sinks=4, query_block=4, delta=0.05)
+# That is exceeded by a row whose certificate keeps its word with probability 1e-6.
+ALLOWED = most_failures(DRAWS, 1 - METHOD.delta)
+
+
+def measured(family: str, temperature: float, draws: int, method: Sampled = METHOD, *, seed: int = 0) -> Drawn:
+    """So many draws on the problem of a seed."""
+    return drawn(problem(family, S, H, seed), temperature, method, seed=seed + 1, draws=draws)
+
+
+def most(outcomes) -> int:
+    """How often the row at which it is most often true has it: its draws are independent, those of rows are not."""
+    return outcomes.sum(0).max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_certificates_fail_no_more_often_than_they_say(family):
+    """2,048 draws at each of two temperatures, of 4 rows and 2 heads."""
+    for temperature in (1.0, 8.0):
+        found = measured(family, temperature, DRAWS)
+        assert not np.isnan(found.bound).any()
+        assert most(found.error > found.bound) <= ALLOWED
+        lost = found.weights[:, :, METHOD.sinks : S - QUERIES - METHOD.window].sum(-1).T  # what is not kept in any case
+        assert most(lost > found.mass) <= ALLOWED
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("family", FAMILIES)
+def test_certificates_fail_no_more_often_than_they_say_in_the_campaign(family):
+    """16 problems of 2,048 draws, at temperatures from 1/8 to 8."""
+    for seed in range(16):
+        found = measured(family, 2.0 ** (seed % 7 - 3), DRAWS, seed=seed)
+        assert most(found.error > found.bound) <= ALLOWED
+
+
+def test_the_bound_says_something_and_falls_with_the_sample():
+    """At temperature 8 it is below half the diameter, and with three times the sample below 0.6 of that."""
+    methods = (METHOD, dataclasses.replace(METHOD, samples=3 * METHOD.samples))
+    few, many = (np.median(measured("iid", 8.0, 64, method).bound) for method in methods)
+    assert few < 0.5 * farthest(problem("iid", S, H)[2][0, :, 0])
+    assert many < 0.6 * few
+
+
+PLANTS = {
+    "a sign": (sampled_bounds, "sampled_bound", "huge value"),
+    "a page missing": (tail, "_tail", "shifted end"),
+    "value-blind": (sampled_bounds, "_sample", "huge value"),
+    "no range": (sampled_bounds, "_sample", "huge key"),
+}
+
+
+def planted(plant: str, right):
+    """A function of the certificate with a mistake in it."""
+
+    def wrong(*arguments):
+        found = right(*arguments)
+        match plant:
+            case "a sign":
+                return -found[0], found[1]
+            case "a page missing":
+                return found._replace(before=found.before - S // 4, count=found.count - S // 4)
+            case "value-blind":
+                return found[0]._replace(radius=jnp.ones_like(found[0].radius)), found[1]
+            case "no range":
+                return found[0]._replace(most=jnp.zeros_like(found[0].most)), found[1]
+        raise ValueError(plant)
+
+    return wrong
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_planted_mistakes_fail_more_often(plant, monkeypatch):
+    """By the check that the true certificate passes."""
+    module, name, family = PLANTS[plant]
+    monkeypatch.setattr(module, name, planted(plant, getattr(module, name)))
+    samples = 97 + list(PLANTS).index(plant)  # a program of its own
+    method = Sampled(samples=samples, window=16, sinks=4, query_block=4)
+    temperature = 1.0 if plant == "no range" else 8.0
+    found = measured(family, temperature, 256, method)
+    assert most(found.error > found.bound) > most_failures(256, 1 - method.delta)
+
+
+def test_estimates_of_a_mean_are_unbiased():
+    """At infinite temperature all weights are equal and the denominator is the number of keys, so that the output is
+    an unbiased estimate of the mean value: its mean over draws is off by 5 standard errors at most."""
+    outputs = measured("shifted end", np.inf, DRAWS).output
+    value = problem("shifted end", S, H)[2][0, :, 0].astype(np.float64)
+    counts = np.arange(S - QUERIES + 1, S + 1)
+    means = np.cumsum(value, axis=0)[counts - 1] / counts[:, None]
+    error = np.abs(outputs.mean(0) - means[:, None])
+    assert np.all(error <= 5 * outputs.std(0) / np.sqrt(DRAWS))
+    assert outputs.std(0).min() > 0.01  # something is drawn
+
+
+def test_fields_and_params():
+    for fields in ({"samples": 1}, {"window": 0}, {"sinks": -1}, {"query_block": 0}, {"delta": 0.0}, {"delta": 1.0}):
+        with pytest.raises(ValueError, match=f"Sampled.{next(iter(fields))} is"):
+            Sampled(**fields)
+    case = draw(2).astype(jnp.float32)
+    with pytest.raises(ValueError, match="the seed has shape"):
+        dot_product_attention(*case, method=METHOD, params=Params())
+    with pytest.raises(ValueError, match="draws constants"):
+        dot_product_attention(*case, method=METHOD)
