@@ -51,8 +51,8 @@ class Certified(Cached):
     2 (H + E) for each query and key of the blocks of at least 512 keys that a tile reads, at most all of them. Memory
     O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, (H + 1) (H + 2) (E + 1) operations for
     each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once.
-    Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where rounding leaves room for it, and
-    rounding. The certificate has what was reached.
+    Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where
+    rounding leaves room for it, and rounding. The certificate has what was reached.
 
     Raises:
         ValueError: the tolerance is negative or not finite, a size is no integer of at least 1, or the bound unknown.
