@@ -14,9 +14,9 @@ from attention.inputs import Inputs, prepare_tokens, ungrouped
 from attention.linear.base import Linear, _extended
 from attention.linear.engine import FeatureMap
 from attention.linear.moments import Spread, mean_of_visible, prefix_sums, taylor_bound
-from attention.linear.monomials import monomials, query_features
 from attention.linear.state import HIGHEST, Features, LinearState
 from attention.method import Capabilities, Certificate
+from attention.monomials import monomials
 
 
 @jax.tree_util.register_dataclass
@@ -111,9 +111,18 @@ class Taylor(Linear):
             error_bound=bound, dropped_mass=jnp.zeros_like(bound), work=one, kind="deterministic"
         )
 
-    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> Any:
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> Any:
         """A `TaylorState`: as `Linear.init_state`, and two keys a head more."""
-        sums = super().init_state(batch, num_kv_heads, head_dim, max_length, dtype)
+        sums = super().init_state(batch, num_kv_heads, head_dim, max_length, dtype, num_heads=num_heads)
         nothing = jnp.zeros((batch, num_kv_heads, head_dim), sums.sums.dtype)
         return TaylorState(sums=sums, first=nothing, total=nothing)
 
@@ -168,3 +177,20 @@ def _with_centre(inputs: Inputs, key: Float[Array, "B K S H"], centre: Float[Arr
     query = jnp.concatenate([inputs.query, offset[..., None]], axis=-1)
     key = jnp.concatenate([key, jnp.zeros_like(key[..., :1])], axis=-1)
     return Centred(dataclasses.replace(inputs, query=query, key=key), centre)
+
+
+def query_features(q: Float[Array, "*N H"], a: Float[Array, "*N 1"], order: int) -> Features:
+    """Features phi with phi(q, a).monomials(y) = u^-order T_order(q.y - a), u a power of two of about max|q| / 256.
+
+    A common factor of a row's features cancels; u keeps them from overflowing where logits are huge.
+    """
+    largest = lax.stop_gradient(jnp.maximum(jnp.abs(q).max(-1, keepdims=True), jnp.abs(a)))
+    unit = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest / 256, 1))))
+    q, a, down = q / unit, a / unit, 1 / unit
+
+    def shifted(rest: int) -> Array:  # u^-rest T_rest(-a)
+        return sum(((-a) ** i * down ** (rest - i) / math.factorial(i) for i in range(rest + 1)), jnp.zeros_like(a))
+
+    blocks = [block * shifted(order - d) for d, block in enumerate(monomials(q, order))]
+    features = jnp.concatenate(blocks, axis=-1)
+    return Features(features, jnp.zeros(features.shape[:-1], features.dtype))

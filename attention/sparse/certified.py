@@ -13,11 +13,12 @@ from attention.cache import Cached
 from attention.exact import Exact
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
-from attention.rounding import sees_any
+from attention.rounding import CALM, sees_any
+from attention.sparse import far
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.plan import Limits, growing_means, limits, plan, visible_pages
-from attention.sparse.reading import CALM, Head, block, definition, online, padded
+from attention.sparse.reading import Head, block, definition, online, padded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,13 @@ class Certified(Cached):
     and A is chosen before a key is read, from moments of the pages: the largest set, by falling thresholds, whose
     certified error stays within the tolerance. A page far below the others is thereby dropped: its mean weighs
     nothing. Pages that are seen in part, and all pages under a bias, a soft cap or a dense mask, are read. A row's
-    pages depend on what it sees alone. Gradients flow through what is read and through the means; which pages these
-    are is piecewise constant.
+    pages depend on what it sees alone.
+
+    Where all queries of a head see the same keys, more than about twice (H + 2 choose 2) of them, and the logits are
+    small, the head takes them all at once: their moments up to the second for e^{q.k}, and every key for the few rows
+    whose bound is above the tolerance (`attention.sparse.far`). The rows of a head decide on that together.
+
+    Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
@@ -43,10 +49,10 @@ class Certified(Cached):
 
     Cost: with P = S / page, 2 T P H operations and about 40 T P more for the plan, 2 S H (H + E) for the moments, and
     2 (H + E) for each query and key of the blocks of at least 512 keys that a tile reads, at most all of them. Memory
-    O((T + S) (H + E) + query_chunk S / page) forward. Derivatives cost those of softmax over all keys, query_chunk S
-    numbers at once.
-    Error bound: that of `attention.sparse.plan`, at most tolerance * diam(V) where rounding leaves room for it, and
-    rounding. The certificate has what was reached.
+    O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, (H + 1) (H + 2) (E + 1) operations for
+    each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once.
+    Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where
+    rounding leaves room for it, and rounding. The certificate has what was reached.
 
     Raises:
         ValueError: the tolerance is negative or not finite, a size is no integer of at least 1, or the bound unknown.
@@ -151,8 +157,14 @@ def _by_tiles(inputs: Inputs, method: Certified, tile):
         across = jnp.concatenate([value.T, jnp.ones((1, value.shape[0]), dtype)])
         own = Limits(*(x[b, k] for x in bounds))
         one = Head(part, pages, growing_means(key, method.page), across)
-        found = lax.map(jax.checkpoint(lambda i: tile(one, own, method, i * rows, rows)), jnp.arange(tiles))
-        return jax.tree.map(_joined, found)
+
+        def by_pages():
+            found = lax.map(jax.checkpoint(lambda i: tile(one, own, method, i * rows, rows)), jnp.arange(tiles))
+            return jax.tree.map(_joined, found)
+
+        if not (method.tolerance and far.pays(inputs)):
+            return by_pages()
+        return far.attended(one, own, by_pages, tolerance=method.tolerance, defined=tile is _tile_by_definition)
 
     output, error, mass, read, seen = lax.map(head, jnp.arange(B * K))
     output, error, mass = (x.reshape(B, K, G, -1, *x.shape[3:])[:, :, :, :T] for x in (output, error, mass))

@@ -1,5 +1,6 @@
 """Softmax attention of a few rows over the keys that were gathered for them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -7,13 +8,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attention.exponential import smooth_power, unit
-from attention.inputs import Inputs
 from attention.logits import soft_capped
-from attention.rounding import max_over_visible, norms
+from attention.rounding import CALM, product
 
-# Up to this size of logits no maximum is needed: no weight is below exp(-2 CALM) = 4e-18, far from where float32 ends.
-# `attention.rounding.rounding_bound` accounts for it.
-CALM = 20.0
+FEW = 4  # rows that read keys and values as they lie
+CHUNK = 64  # keys of a product of these
 
 
 class Found(NamedTuple):
@@ -30,22 +29,15 @@ class Found(NamedTuple):
     total: Float[Array, "G R"]
 
 
-def calm_limit(inputs: Inputs) -> Float[Array, "B K G T"]:
-    """An upper bound on the size of the logits that each query sees, by norms: of what comes after it, nothing."""
-    longest = max_over_visible(inputs.mask, norms(inputs.key.astype(inputs.query.dtype)))
-    limit = lax.stop_gradient(norms(inputs.query) * longest)
-    return limit if inputs.soft_cap is None else jnp.minimum(limit, inputs.soft_cap.astype(limit.dtype))
-
-
 def attend(
     query: Float[Array, "G R H"],
     key: Float[Array, "n H"],
     value: Float[Array, "n E"],
-    visible: Bool[Array, "g R n"],
+    visible: Callable[[], Bool[Array, "g R n"]],
     soft_cap: Float[Array, ""] | None,
     limit: Float[Array, "G R"] | None,
 ) -> Found:
-    """Softmax over the n gathered keys that each row sees.
+    """Softmax over the n gathered keys that each row sees; what is `visible` is computed where it is needed.
 
     The products are of row-major operands with the keys in front, which on a CPU needs no transposed tile; a row of
     ones under the values adds up the weights. Rows whose logits are within `limit` <= CALM take that for their level,
@@ -53,34 +45,53 @@ def attend(
 
     Cost: 2 G R n (H + E) operations, and G R n logits in memory.
     """
+    if query.shape[0] * query.shape[1] <= FEW:
+        return _few(query, key, value, visible, soft_cap)
     dtype = query.dtype
-    upright, visible = jnp.moveaxis(query, 2, 0), jnp.moveaxis(visible, 2, 0)
+    upright = jnp.moveaxis(query, 2, 0)
     if soft_cap is None:  # the unit costs less on the keys than on the logits
-        logits = _product("nH,HGR->nGR", key.astype(dtype) * unit(dtype), upright)
+        logits = product("nH,HGR->nGR", key.astype(dtype) * unit(dtype), upright)
     else:
-        logits = soft_capped(_product("nH,HGR->nGR", key.astype(dtype), upright), soft_cap) * unit(dtype)
-    logits = jnp.where(visible, logits, -jnp.inf)
-    level = _level(lax.stop_gradient(logits), limit)
-    weights = smooth_power(logits - level[None])
+        logits = soft_capped(product("nH,HGR->nGR", key.astype(dtype), upright), soft_cap) * unit(dtype)
+
+    def shown():
+        return jnp.where(jnp.moveaxis(visible(), 2, 0), logits, -jnp.inf)
+
+    level = lax.stop_gradient(_level(shown, limit))
+    weights = smooth_power(shown() - level[None])
     across = value.astype(dtype).T
-    sums = _product("En,nGR->EGR", jnp.concatenate([across, jnp.ones_like(across[:1])]), weights)
+    sums = product("En,nGR->EGR", jnp.concatenate([across, jnp.ones_like(across[:1])]), weights)
     total = sums[-1]
     output = sums[:-1] / jnp.where(total > 0, total, 1)[None]
     return Found(jnp.moveaxis(output, 0, 2), level / unit(dtype), lax.stop_gradient(total))
 
 
-def _level(logits: Float[Array, "n G R"], limit: Float[Array, "G R"] | None) -> Float[Array, "G R"]:
+def _few(query, key, value, visible, soft_cap) -> Found:
+    """`attend` without a copy of keys or values, which costs more than the arithmetic of a few rows."""
+    dtype, n = query.dtype, key.shape[0]
+    logits = jnp.moveaxis(product("nH,HGR->nGR", key.astype(dtype), jnp.moveaxis(query, 2, 0)), 0, 2)
+    logits = jnp.where(visible(), soft_capped(logits, soft_cap), -jnp.inf)
+    level = lax.stop_gradient(logits.max(-1))
+    level = jnp.where(jnp.isneginf(level), 0, level)
+    weights = jnp.exp(logits - level[..., None])
+    total = weights.sum(-1)
+    # In one sum over all keys, the product of a batch of heads would be a plain loop.
+    C = max(size for size in range(1, CHUNK + 1) if n % size == 0)
+    parts = product(
+        "GRmC,mCE->mGRE", weights.reshape(*total.shape, -1, C), value.astype(dtype).reshape(-1, C, value.shape[1])
+    )
+    output = parts.sum(0) / jnp.where(total > 0, total, 1)[..., None]
+    return Found(output, level, lax.stop_gradient(total))
+
+
+def _level(logits: Callable[[], Float[Array, "n G R"]], limit: Float[Array, "G R"] | None) -> Float[Array, "G R"]:
     """What is subtracted from the logits, in units: a row's own limit or maximum, whatever others in its tile do."""
 
     def largest():
-        top = logits.max(0)
+        top = lax.stop_gradient(logits()).max(0)
         return jnp.where(jnp.isneginf(top), 0, top)
 
     if limit is None:
         return largest()
     calm, level = limit <= CALM, limit * unit(limit.dtype)
     return lax.cond(calm.all(), lambda: level, lambda: jnp.where(calm, level, largest()))
-
-
-def _product(subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)

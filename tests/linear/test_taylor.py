@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from attention import Taylor, certified_attention, dot_product_attention
-from attention.linear.monomials import monomials, query_features
+from attention.linear.taylor import query_features
+from attention.monomials import monomials
 from attention.testing.accuracy import certificate_failures
 from attention.testing.cases import SAME, draw
 

@@ -5,34 +5,15 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
-
-from attention.linear.state import Features
-
-
-def query_features(q: Float[Array, "*N H"], a: Float[Array, "*N 1"], order: int) -> Features:
-    """Features phi with phi(q, a).monomials(y) = u^-order T_order(q.y - a), u a power of two of about max|q| / 256.
-
-    A common factor of a row's features cancels; u keeps them from overflowing where logits are huge.
-    """
-    largest = lax.stop_gradient(jnp.maximum(jnp.abs(q).max(-1, keepdims=True), jnp.abs(a)))
-    unit = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest / 256, 1))))
-    q, a, down = q / unit, a / unit, 1 / unit
-
-    def shifted(rest: int) -> Array:  # u^-rest T_rest(-a)
-        return sum(((-a) ** i * down ** (rest - i) / math.factorial(i) for i in range(rest + 1)), jnp.zeros_like(a))
-
-    blocks = [block * shifted(order - d) for d, block in enumerate(monomials(q, order))]
-    features = jnp.concatenate(blocks, axis=-1)
-    return Features(features, jnp.zeros(features.shape[:-1], features.dtype))
 
 
 def monomials(x: Float[Array, "*N H"], order: int) -> list[Array]:
     """x^a / sqrt(a!) for every multi-index a of degree d, one array `*N (H + d - 1 choose d)` for each d <= order.
 
-    Monomials of one degree are ordered by their last variable, so that those without the variables from i on come
-    first, and a degree is made of the one before by slices and products.
+    (x.y)^d / d! is the product of the blocks of degree d of x and of y. Monomials of one degree are ordered by their
+    last variable, so that those without the variables from i on come first, and a degree is made of the one before by
+    slices and products.
     """
     H = x.shape[-1]
     blocks = [jnp.ones((*x.shape[:-1], 1), x.dtype)]

@@ -1,0 +1,95 @@
+"""Where all keys are replaced by their moments, the error is certified, hard rows are read, and gradients are right."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention import Certified, certified_attention, dot_product_attention
+from attention.inputs import prepare
+from attention.sparse import far
+from attention.testing.cases import draw, families
+from attention.testing.oracle import oracle
+
+B, T, H = 16, 72, 4  # T T >= 2 M (T + T) with M = 15 monomials
+METHOD = Certified(tolerance=0.05, page=8, query_chunk=48)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def attended(case, temperature, lengths, method):
+    options = {"key_value_seq_lengths": lengths, "query_seq_lengths": jnp.full((B,), T - 1)}
+    return certified_attention(*case, method=method, temperature=temperature, **options)
+
+
+def measured(seed: int, dtype: str, method=METHOD):
+    """Error, bound and replaced mass of 16 hard problems with keys of different lengths."""
+    rng = np.random.default_rng(seed)
+    temperature = np.float32(2.0 ** rng.uniform(-1, 5))
+    case = families(seed, B=B, T=T, H=H).astype(dtype)
+    lengths = rng.integers(0, T + 1, B).astype(np.int32)
+    output, certificate = attended(case, temperature, lengths, method)
+    expected, _ = oracle(
+        *case, temperature=temperature, key_value_seq_lengths=lengths, query_seq_lengths=np.full(B, T - 1)
+    )
+    error = np.linalg.norm(np.asarray(output).astype(np.float64) - expected, axis=-1)
+    return error, np.asarray(certificate.error_bound, np.float64), np.asarray(certificate.dropped_mass)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_error_is_within_its_bound(dtype):
+    """160 problems of 72 queries and 4 heads a dtype: heads of either kind, and rows of either in one head."""
+    masses, ratios = [], []
+    for seed in range(10):
+        error, bound, mass = measured(seed, dtype)
+        assert np.all(error <= bound), f"seed {seed}: {np.max(error - bound):.3g} above the bound"
+        replaced = mass == 1
+        masses.append(replaced[:, : T - 1].mean(1).ravel())
+        ratios.append((error / np.where(bound > 0, bound, 1))[replaced])
+    shares = np.concatenate(masses)
+    assert np.mean(shares == 1) > 0.1
+    assert np.any((shares > 0.5) & (shares < 1))
+    assert np.concatenate(ratios).max() > 0.01, "a bound a hundred times too wide says little"
+
+
+def test_a_bound_without_its_remainder_is_caught(monkeypatch):
+    monkeypatch.setattr(far, "_remainder", jnp.zeros_like)
+    method = Certified(tolerance=0.0501, page=8, query_chunk=48)  # a program of its own
+    caught = 0
+    for seed in range(6):
+        error, bound, _ = measured(seed, "float32", method)
+        caught += np.sum(error > bound)
+    assert caught > 0
+
+
+def test_the_derivative_is_that_of_the_output():
+    """Central differences in float64: truncation of h^2 = 1e-10 and rounding of 1e-16 / h, against 1e-6."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        case = jax.tree.map(jnp.asarray, draw(0, B=1, T=T, H=H))
+        direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), case)
+        weights = jnp.asarray(rng.standard_normal(case.query.shape))
+
+        @jax.jit
+        def loss(case):
+            return (weights * dot_product_attention(*case, method=METHOD, temperature=3.5)).sum()
+
+        _, certificate = certified_attention(*case, method=METHOD, temperature=3.5)
+        shares = np.asarray(certificate.dropped_mass).mean(1)
+        assert np.any((shares > 0.5) & (shares < 1))  # rows of both kinds in one head
+        assert np.any(shares < 0.5)  # and a head by pages
+        moved = lambda h: loss(jax.tree.map(lambda x, d: x + h * d, case, direction))  # noqa: E731
+        expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        found = sum(jnp.vdot(g, d) for g, d in zip(jax.grad(loss)(case), direction, strict=True))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_moments_are_taken_where_they_pay_and_all_rows_see_the_same():
+    case = draw(0, B=1, T=T, H=H)
+    plain = functools.partial(prepare, METHOD, *case)
+    assert far.pays(plain())
+    assert not far.pays(plain(is_causal=True))
+    assert not far.pays(plain(local_window_size=(9, 9)))
+    assert not far.pays(plain(bias=np.zeros((1, 1, 1, T))))
+    assert not far.pays(prepare(METHOD, *draw(0, B=1, T=T - 16, H=H)))
