@@ -30,7 +30,7 @@ def test_drift_after_100_000_decoded_tokens_is_within_its_bound():
     with jax.enable_x64(True):
         whole = jax.jit(lambda *case: dot_product_attention(*case, method=method, params=params, is_causal=True)[-100:])
         expected = whole(*(x.astype(np.float64) for x in (query, key, value)))
-    error = np.linalg.norm(last(query, key, value) - expected, axis=-1).max()
+    error = np.linalg.norm(np.asarray(last(query, key, value), np.float64) - np.asarray(expected), axis=-1).max()
     print(f"drift after {n} tokens: {error / size:.2g} of the largest value")
     assert error <= 2 * (n + 64) * 2.0**-24 * size * H**0.5
 
