@@ -122,10 +122,21 @@ class Hashed(Method):
         bound = jnp.where(some | (certificate.error_bound == 0), certificate.error_bound, jnp.inf)
         return output, dataclasses.replace(certificate, error_bound=bound)
 
-    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> HashedCache:
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> HashedCache:
+        del num_heads
         code = jnp.full((batch, max_length, num_kv_heads, self.rounds), HIDDEN, jnp.int32)
-        room = jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype)
-        cache = KeyValueCache(key=room, value=room, length=jnp.zeros((), jnp.int32))
+        # Two arrays, since one buffer cannot be donated twice.
+        key, value = (jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype) for _ in range(2))
+        cache = KeyValueCache(key=key, value=value, length=jnp.zeros((), jnp.int32))
         return HashedCache(cache=cache, code=code)
 
     def extend(self, state: HashedCache, query, key, value, **options: Any) -> tuple[HashedCache, Array]:
