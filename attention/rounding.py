@@ -16,6 +16,11 @@ from attention.masks import Mask
 # makes 6 products of bfloat16 parts, of 3 parts a number: `docs/bounds.md` counts what the 3 left out can be.
 PRODUCT = {"cpu": 1, "cuda": 2, "rocm": 2, "tpu": 16}
 
+# Where no logit of a row can exceed this size, weights may be taken relative to a bound on the logits, which costs
+# nothing, and not to their maximum, which costs a pass over them. No weight is then below exp(-2 CALM) = 4e-18, far
+# from where float32 ends; `rounding_bound` accounts for it.
+CALM = 20.0
+
 
 def rounding_bound(
     inputs: Inputs, *, rescalings: int, depth: int | None = None, fixed_shift: float = 0.0, output_dtype=None
@@ -86,6 +91,23 @@ def sum_rounding(inputs: Inputs, *, rescalings: int) -> Float[Array, "B K G T"]:
     """
     vanishing = 1 - math.log(float(jnp.finfo(inputs.query.dtype).smallest_subnormal))  # 104.3 in float32
     return _sums(inputs, jnp.minimum(2 * _logit_bound(inputs), vanishing), rescalings, None)
+
+
+def calm_limit(inputs: Inputs) -> Float[Array, "B K G T"]:
+    """An upper bound on the size of the logits that each query sees, by norms; infinite where there is a bias.
+
+    Of what comes after a query it knows nothing, and it has no gradient.
+    """
+    longest = max_over_visible(inputs.mask, norms(inputs.key.astype(inputs.query.dtype)))
+    limit = lax.stop_gradient(norms(inputs.query) * longest)
+    if inputs.soft_cap is not None:
+        limit = jnp.minimum(limit, inputs.soft_cap.astype(limit.dtype))
+    return limit if inputs.bias is None else jnp.full_like(limit, jnp.inf)
+
+
+def product(subscripts: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum in the full precision of its operands, whatever the backend does by default."""
+    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)
 
 
 def roundoff(dtype) -> float:

@@ -12,9 +12,8 @@ import pytest
 from jax import lax
 
 from attention import Chunked, Exact, Method, certified_attention, dot_product_attention
-from attention.chunked.online import CALM
 from attention.exact import exact_certificate, weighted_values
-from attention.rounding import norms, roundoff
+from attention.rounding import CALM, norms, roundoff
 from attention.testing import oracle, oracle_gradients
 from attention.testing.cases import Case
 from attention.testing.rounding import gradient_rounding

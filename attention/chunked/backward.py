@@ -20,7 +20,6 @@ from attention.chunked.logits import (
     columns,
     in_units,
     key_in_units,
-    product,
     rows,
     scores,
     shaped,
@@ -31,6 +30,7 @@ from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import banded, irregular, span
 from attention.exponential import power, unit
 from attention.inputs import Inputs
+from attention.rounding import product
 
 Named = dict[str, jax.Array]
 

@@ -16,6 +16,7 @@ from attention.exponential import unit
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import slice_or_keep
+from attention.rounding import product
 
 
 def rows(x: Float[Array, "..."], tiling: Tiling, i, axis: int = -1) -> Float[Array, "..."]:
@@ -31,11 +32,6 @@ def upright(x: Float[Array, "b k G R H"]) -> Float[Array, "b k H G R"]:
 def columns(x: Float[Array, "..."], tiling: Tiling, j, dtype: Any, axis: int = 2) -> Float[Array, "..."]:
     """What belongs to key tile j, of an array with the keys along an axis."""
     return lax.dynamic_slice_in_dim(x, tiling.keys.start(j), tiling.keys.size, axis=axis).astype(dtype)
-
-
-def product(subscripts: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An einsum in the full precision of its operands, whatever the backend does by default."""
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)
 
 
 def scores(query: Float[Array, "b k H G R"], key: Float[Array, "b k C H"]) -> Float[Array, "b k C G R"]:

@@ -12,7 +12,6 @@ from attention.chunked.logits import (
     columns,
     in_units,
     key_in_units,
-    product,
     rows,
     scores,
     shaped,
@@ -23,12 +22,7 @@ from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Span, Tiles, banded, irregular, span
 from attention.exponential import power, unit
 from attention.inputs import Inputs
-from attention.rounding import max_over_visible, norms
-
-# Where no logit of a tile of queries can exceed this size, weights are taken relative to a bound on the logits, which
-# costs nothing, and not to their running maximum, which costs a pass over them. No weight is then below
-# exp(-2 * CALM) = 4e-18, far from where float32 ends. `attention.rounding.rounding_bound` accounts for it.
-CALM = 20.0
+from attention.rounding import CALM, max_over_visible, norms, product
 
 
 class Partial(NamedTuple):

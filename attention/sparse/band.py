@@ -14,9 +14,11 @@ from attention.exact import Exact
 from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.method import Certificate, Cost
-from attention.sparse.gathered import Found, attend, calm_limit
-from attention.sparse.odds import odds, odds_certificate
-from attention.sparse.pages import Pages, paged, sound_box_bound
+from attention.rounding import calm_limit
+from attention.sparse.gathered import attend
+from attention.sparse.odds import odds_certificate, odds_of_the_rest
+from attention.sparse.pages import Pages, paged
+from attention.sparse.rows import joined, starts
 
 PAGE = 64  # keys in a page, whose bounds certify what was not read
 UNBOUNDED = 2**28  # positions: further than any two are apart, and small enough for sums of a few in 32 bits
@@ -72,12 +74,10 @@ class Banded(Cached, register=False):
         def head(n):
             part = inputs.part(n // K, 1, n % K, 1)
             own = jax.tree.map(lambda x: x[n // K, n % K], (pages, limit))
-            starts = jnp.minimum(jnp.arange(0, T, R), T - R)
-            if starts.size == 1:
-                tiles = jax.tree.map(lambda x: x[None], self._tile(part, *own, 0, R))
-            else:
-                tiles = lax.map(jax.checkpoint(lambda row: self._tile(part, *own, row, R)), starts)
-            return jax.tree.map(lambda x: _joined(x, T, R), tiles)
+            if R == T:
+                return self._tile(part, *own, 0, R)
+            tiles = lax.map(jax.checkpoint(lambda row: self._tile(part, *own, row, R)), starts(T, R))
+            return jax.tree.map(lambda x: joined(x, T), tiles)
 
         found = lax.map(head, jnp.arange(B * K))
         return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), found)
@@ -85,9 +85,10 @@ class Banded(Cached, register=False):
     def _tile(self, part: Inputs, pages: Pages | None, limit, row, R: int):
         """The output of the queries [row, row + R) of one key head, and the odds of what they did not read."""
         mask, S = part.mask, part.mask.num_keys
-        position = row + jnp.arange(R) + (0 if mask.offset is None else mask.offset[0])
-        starts = segment_starts(mask)
-        start = jnp.zeros_like(position) if starts is None else starts[position.clip(0, S - 1)]
+        rows = row + jnp.arange(R)
+        position = rows + (0 if mask.offset is None else mask.offset[0])
+        begins = segment_starts(mask)
+        start = jnp.zeros_like(position) if begins is None else begins[position.clip(0, S - 1)]
         first, last = (x[:, None] for x in self.ranges(position, start))
         reach = self.reach(mask)
         width, sinks = min(S, R + reach.before + reach.after), min(S, self.num_sinks())
@@ -98,7 +99,7 @@ class Banded(Cached, register=False):
         # A sink that lies in the slice too counts there, in its first place.
         again = (jnp.arange(keys.size) >= width) & (keys >= corner) & (keys < corner + width)
         reads = (within | self._is_sink(keys[None], start[:, None])) & ~again[None]
-        visible = mask.at(row + jnp.arange(R), keys)[0, 0] & reads[None]
+        visible = mask.at(rows, keys)[0, 0] & reads[None]
 
         def slices(x):
             found = jnp.concatenate([lax.dynamic_slice_in_dim(x[0, 0], begin, size) for begin, size in corners])
@@ -112,7 +113,7 @@ class Banded(Cached, register=False):
         if pages is None:
             return found.output, None
         whole = self._whole_pages(pages, first, last, start[:, None])
-        return found.output, _odds(query, found, pages, part, row, whole)
+        return found.output, odds_of_the_rest(query, rows, found, pages, whole, mask, part.soft_cap)
 
     def _is_sink(self, keys, start) -> Bool[Array, "R n"]:
         return (keys >= start) & (keys < start + self.num_sinks())
@@ -138,21 +139,3 @@ def segment_starts(mask: Mask) -> Int[Array, " S"] | None:
     ids = mask.key_segments[0]
     begins = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
     return lax.cummax(jnp.where(begins, jnp.arange(ids.size), 0))
-
-
-def _odds(query, found: Found, pages: Pages, part: Inputs, row, whole: Bool[Array, "R P"]) -> Float[Array, "G R"]:
-    """Every page of which a row sees a key and that it does not read as a whole counts in full."""
-    tiny, R = float(jnp.finfo(query.dtype).tiny), query.shape[1]
-    first, last = (lax.dynamic_slice_in_dim(x[0], row, R)[:, None] for x in part.mask.key_range())
-    begin = jnp.arange(pages.low.shape[0])[None] * PAGE
-    dropped = (begin <= last) & (begin + PAGE > first) & (first <= last)
-    terms = jnp.exp(sound_box_bound(query, pages, part.soft_cap) - found.level[..., None])
-    return odds(PAGE * jnp.where((dropped & ~whole)[None], jnp.maximum(terms, tiny), 0).sum(-1), found.total)
-
-
-def _joined(tiles: Array, T: int, R: int) -> Array:
-    """From `tiles G R ...`, the last one ending with the last of T rows, to `G T ...`."""
-    tiles = jnp.moveaxis(tiles, 1, 0)
-    G, count = tiles.shape[:2]
-    before = tiles[:, :-1].reshape(G, (count - 1) * R, *tiles.shape[3:])
-    return jnp.concatenate([before, tiles[:, -1, count * R - T :]], axis=1)

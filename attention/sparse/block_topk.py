@@ -12,7 +12,7 @@ from attention.exact import Exact
 from attention.inputs import Inputs, prepare_tokens, ungrouped
 from attention.masks import Mask
 from attention.method import Certificate, Cost, Method, check_positive, compiled
-from attention.sparse.gathered import calm_limit
+from attention.rounding import calm_limit
 from attention.sparse.odds import odds_certificate
 from attention.sparse.pages import PagedCache, Pages, paged
 from attention.sparse.selection import Selection, chosen_tiles

@@ -10,6 +10,7 @@ from attention.rounding import (
     logit_rounding,
     max_over_visible,
     norms,
+    product,
     product_roundoff,
     rounding_bound,
     sees_any,
@@ -31,7 +32,7 @@ def box(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]
         Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774, 3.2.
     """
     assert pages.half is not None, "moments(bound='box')"
-    return _above(_product("...th,ph->p...t", jnp.abs(query), pages.half), query)
+    return _above(product("...th,ph->p...t", jnp.abs(query), pages.half), query)
 
 
 def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
@@ -46,13 +47,13 @@ def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B 
     assert across is not None, "moments(bound='sketch')"
     assert remote is not None, "moments(bound='sketch')"
     r = basis.shape[-1]
-    along = _product("...th,phr->p...tr", query, basis)
-    rest = query[None] - _product("p...tr,phr->p...th", along, basis)
+    along = product("...th,phr->p...tr", query, basis)
+    rest = query[None] - product("p...tr,phr->p...th", along, basis)
     u, length = product_roundoff(query.dtype), norms(query)[None]
-    gram = _product("phr,phs->prs", basis, basis)
+    gram = product("phr,phs->prs", basis, basis)
     defect = jnp.linalg.norm(gram - jnp.eye(r, dtype=gram.dtype)[None], axis=(-2, -1)) + 2 * r * query.shape[-1] * u
     lost = (1 + defect) * defect + 2 * query.shape[-1] * (r + 2) * u
-    inside = _product("p...tr,pr->p...t", jnp.abs(along), across)
+    inside = product("p...tr,pr->p...t", jnp.abs(along), across)
     reach = inside + norms(rest) * _first(remote, query) + length * _first(lost * pages.radius, query)
     return _above(reach, query)
 
@@ -117,26 +118,33 @@ def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, 
     return jnp.where(tail == 0, 0, jnp.fmin(odds_rounding(inputs, rescalings=0) * tail, 1))
 
 
-def odds_rounding(inputs: Inputs, *, rescalings: int) -> Float[Array, "B K G T"]:
-    """e^{2D} (1 + e) / (1 - e), by which rounding changes the ratio of two sums of exponentials, and a part more."""
+def odds_rounding(inputs: Inputs, *, rescalings: int, share: float = 1.0) -> Float[Array, "B K G T"]:
+    """e^{2D} (1 + e) / (1 - e), by which rounding changes the ratio of two sums of exponentials, and a part more.
+
+    `share` multiplies D, where logits are rounded more than those of `logit_rounding`.
+    """
     error = sum_rounding(inputs, rescalings=rescalings)
     ratio = (1 + error) / jnp.where(error < 1, 1 - error, 0)
-    return 1.001 * jnp.exp(2 * logit_rounding(inputs)) * ratio  # a part in a thousand for the expression itself
+    return 1.001 * jnp.exp(2 * share * logit_rounding(inputs)) * ratio  # a part in a thousand for the expression itself
 
 
-def sparse_certificate(inputs: Inputs, tail: Float[Array, "B K G T"], *, work: float) -> Certificate:
+def sparse_certificate(
+    inputs: Inputs, tail: Float[Array, "B K G T"], *, work: Float[Array, ""] | float, fixed_shift: float = 0.0
+) -> Certificate:
     r"""The certificate of softmax over some of the keys, of which the others have the computed share `tail`.
 
     o - o^ = tau (mean of the kept values - mean of the dropped), so ||o - o^|| <= tau diam(V). The softmax over
-    the kept keys is itself rounded, by no more than `rounding_bound`, which holds for any part of the keys.
+    the kept keys is itself rounded, by no more than `rounding_bound`, which holds for any part of the keys and takes
+    `fixed_shift`.
     """
     mass = dropped_mass(inputs, tail)
-    bound = 1.001 * mass * value_diameter(inputs) + rounding_bound(inputs, rescalings=0)
+    rounding = rounding_bound(inputs, rescalings=0, fixed_shift=fixed_shift)
+    bound = 1.001 * mass * value_diameter(inputs) + rounding
     seen = sees_any(inputs.mask)
     return Certificate(
         error_bound=jnp.where(seen, _known(bound), 0),
         dropped_mass=jnp.where(seen, mass, 0),
-        work=jnp.full((), work, bound.dtype),
+        work=jnp.asarray(work, bound.dtype),
         kind="deterministic",
     )
 
@@ -144,7 +152,3 @@ def sparse_certificate(inputs: Inputs, tail: Float[Array, "B K G T"], *, work: f
 def _known(bound: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """Infinity for NaN, which infinite values make of differences and of products with 0."""
     return jnp.where(jnp.isnan(bound), jnp.inf, bound)
-
-
-def _product(subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)

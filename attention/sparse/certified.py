@@ -13,11 +13,11 @@ from attention.cache import Cached
 from attention.exact import Exact
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
-from attention.rounding import sees_any
+from attention.rounding import CALM, sees_any
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.plan import Limits, growing_means, limits, plan, visible_pages
-from attention.sparse.reading import CALM, Head, block, definition, online, padded
+from attention.sparse.reading import Head, block, definition, online, padded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

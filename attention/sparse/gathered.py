@@ -7,13 +7,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attention.exponential import smooth_power, unit
-from attention.inputs import Inputs
 from attention.logits import soft_capped
-from attention.rounding import max_over_visible, norms
-
-# Up to this size of logits no maximum is needed: no weight is below exp(-2 CALM) = 4e-18, far from where float32 ends.
-# `attention.rounding.rounding_bound` accounts for it.
-CALM = 20.0
+from attention.rounding import CALM, product
 
 
 class Found(NamedTuple):
@@ -28,13 +23,6 @@ class Found(NamedTuple):
     output: Float[Array, "G R E"]
     level: Float[Array, "G R"]
     total: Float[Array, "G R"]
-
-
-def calm_limit(inputs: Inputs) -> Float[Array, "B K G T"]:
-    """An upper bound on the size of the logits that each query sees, by norms: of what comes after it, nothing."""
-    longest = max_over_visible(inputs.mask, norms(inputs.key.astype(inputs.query.dtype)))
-    limit = lax.stop_gradient(norms(inputs.query) * longest)
-    return limit if inputs.soft_cap is None else jnp.minimum(limit, inputs.soft_cap.astype(limit.dtype))
 
 
 def attend(
@@ -56,14 +44,14 @@ def attend(
     dtype = query.dtype
     upright, visible = jnp.moveaxis(query, 2, 0), jnp.moveaxis(visible, 2, 0)
     if soft_cap is None:  # the unit costs less on the keys than on the logits
-        logits = _product("nH,HGR->nGR", key.astype(dtype) * unit(dtype), upright)
+        logits = product("nH,HGR->nGR", key.astype(dtype) * unit(dtype), upright)
     else:
-        logits = soft_capped(_product("nH,HGR->nGR", key.astype(dtype), upright), soft_cap) * unit(dtype)
+        logits = soft_capped(product("nH,HGR->nGR", key.astype(dtype), upright), soft_cap) * unit(dtype)
     logits = jnp.where(visible, logits, -jnp.inf)
     level = _level(lax.stop_gradient(logits), limit)
     weights = smooth_power(logits - level[None])
     across = value.astype(dtype).T
-    sums = _product("En,nGR->EGR", jnp.concatenate([across, jnp.ones_like(across[:1])]), weights)
+    sums = product("En,nGR->EGR", jnp.concatenate([across, jnp.ones_like(across[:1])]), weights)
     total = sums[-1]
     output = sums[:-1] / jnp.where(total > 0, total, 1)[None]
     return Found(jnp.moveaxis(output, 0, 2), level / unit(dtype), lax.stop_gradient(total))
@@ -80,7 +68,3 @@ def _level(logits: Float[Array, "n G R"], limit: Float[Array, "G R"] | None) -> 
         return largest()
     calm, level = limit <= CALM, limit * unit(limit.dtype)
     return lax.cond(calm.all(), lambda: level, lambda: jnp.where(calm, level, largest()))
-
-
-def _product(subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)

@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from attention.rounding import norms, product_roundoff, roundoff
+from attention.rounding import norms, product, product_roundoff, roundoff
 
 RANK = 8  # of the basis of the sketch
 
@@ -63,8 +62,8 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
         key=mean_key,
         value=mean_value,
         radius=radius,
-        spread=wide * _spectral(_product("...sh,...si->...hi", y, y) / size) + lost * radius**2,
-        coupling=wide * _spectral(_product("...sh,...se->...he", y, w) / size) + lost * radius * depth,
+        spread=wide * _spectral(product("...sh,...si->...hi", y, y) / size) + lost * radius**2,
+        coupling=wide * _spectral(product("...sh,...se->...he", y, w) / size) + lost * radius * depth,
         width=norms(value - value[..., :1, :]).max(-1) / wide,
         key_shift=sums * (wide * norms(mean_key) + radius),
         value_shift=sums * (wide * norms(mean_value) + depth),
@@ -73,8 +72,8 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
         found = found._replace(half=wide * jnp.abs(y).max(-2))
     if bound == "sketch":
         basis = _basis(y)
-        along = _product("...sh,...hr->...sr", y, basis)
-        rest = norms(y - _product("...sr,...hr->...sh", along, basis))
+        along = product("...sh,...hr->...sr", y, basis)
+        rest = norms(y - product("...sr,...hr->...sh", along, basis))
         lost = H * product_roundoff(key.dtype)
         found = found._replace(
             basis=basis,
@@ -97,8 +96,8 @@ def _spectral(matrix: Float[Array, "*B H E"]) -> Float[Array, "*B"]:
     largest = jnp.abs(matrix).max((-2, -1), keepdims=True)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     M = matrix / unit
-    square = _product("...he,...hf->...ef", M, M)
-    fourth = _product("...ef,...fg->...eg", square, square)
+    square = product("...he,...hf->...ef", M, M)
+    fourth = product("...ef,...fg->...eg", square, square)
     # Each entry of the products is off by less than its terms times u, against norms of at least one.
     n = max(matrix.shape[-2:])
     factor = 1 + 8 * n * n * product_roundoff(matrix.dtype)
@@ -111,12 +110,8 @@ def _basis(y: Float[Array, "*B C H"]) -> Float[Array, "*B H r"]:
     start = jnp.eye(H, min(RANK, H), dtype=y.dtype)
     basis = jnp.broadcast_to(start, (*y.shape[:-2], *start.shape))
     for _ in range(2):
-        image = _product("...sh,...sr->...hr", y, _product("...sh,...hr->...sr", y, basis))
+        image = product("...sh,...sr->...hr", y, product("...sh,...hr->...sr", y, basis))
         scale = jnp.abs(image).max((-2, -1), keepdims=True)
         # The identity keeps a page of equal keys from giving no basis at all.
         basis = jnp.linalg.qr(image / jnp.where(scale > 0, scale, 1) + 1e-3 * basis)[0]
     return basis
-
-
-def _product(subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from attention.cache import room_for
-from attention.rounding import norms, product_roundoff, roundoff
+from attention.rounding import norms, product, product_roundoff, roundoff
 
 
 class Pages(NamedTuple):
@@ -62,7 +62,7 @@ def box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -> Floa
     query = lax.stop_gradient(query)
     both = jnp.concatenate([query, jnp.abs(query)], axis=-1)
     boxed = jnp.concatenate([(low + high) / 2, (high - low) / 2], axis=-1)
-    bound = jnp.einsum("GRX,PX->GRP", both, boxed, precision=lax.Precision.HIGHEST)
+    bound = product("GRX,PX->GRP", both, boxed)
     return bound if soft_cap is None else soft_cap * jnp.tanh(bound / soft_cap)
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from attention.exponential import power, unit
 from attention.inputs import Inputs
 from attention.masks import Mask
-from attention.rounding import logit_rounding, max_over_visible, norms, rounding_bound, roundoff, sum_rounding
-from attention.sparse.bounds import value_reach
+from attention.rounding import calm_limit, max_over_visible, norms, product, rounding_bound, roundoff
+from attention.sparse.bounds import odds_rounding, value_reach
 from attention.sparse.moments import Moments
 
 Reach = Callable[[Array, Moments], Array]
@@ -83,21 +83,15 @@ class Plan(NamedTuple):
 def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) -> Limits:
     """The limits of every query, by prefixes of the keys; `rescalings` and `fixed_shift` as in `rounding_bound`."""
     dtype, H = inputs.query.dtype, inputs.query.shape[-1]
-    moved, sums = logit_rounding(inputs), sum_rounding(inputs, rescalings=rescalings)
-    ratio = (1 + sums) / jnp.where(sums < 1, 1 - sums, 0)
-    # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
-    odds = 1.001 * jnp.exp(2 * moved * (1 + (page + 8) / H)) * ratio
-    lengths = norms(inputs.query) * max_over_visible(inputs.mask, norms(inputs.key.astype(dtype)))
-    if inputs.soft_cap is not None:
-        lengths = jnp.minimum(lengths, inputs.soft_cap.astype(dtype))
     largest = max_over_visible(inputs.mask, norms(inputs.value.astype(dtype)))
     means = 2 * (page + 8) * roundoff(dtype) * largest
     shape = inputs.query.shape[:-1]
     return Limits(
         diameter=jnp.broadcast_to(value_reach(inputs) + means, shape),
         rounding=rounding_bound(inputs, rescalings=rescalings, fixed_shift=fixed_shift) + means,
-        odds=odds,
-        size=lengths if inputs.bias is None else jnp.full(shape, jnp.inf, dtype),
+        # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
+        odds=odds_rounding(inputs, rescalings=rescalings, share=1 + (page + 8) / H),
+        size=calm_limit(inputs),
     )
 
 
@@ -126,7 +120,7 @@ def growing_means(key: Float[Array, "S H"], page: int) -> Float[Array, "S H"]:
     """The mean of each key and of those before it in its page, by a triangular product."""
     weights = jnp.tri(page, dtype=key.dtype) / jnp.arange(1, page + 1, dtype=key.dtype)[:, None]
     pages = key.reshape(-1, page, key.shape[-1])
-    return jnp.einsum("ij,pjh->pih", weights, pages, precision=lax.Precision.HIGHEST).reshape(key.shape)
+    return product("ij,pjh->pih", weights, pages).reshape(key.shape)
 
 
 def plan(
@@ -150,7 +144,7 @@ def plan(
     spread, coupling, width, key_shift, value_shift = (
         x.reshape(-1, 1, 1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
     )
-    logits = jnp.einsum("GTH,PH->PGT", query, pages.key, precision=lax.Precision.HIGHEST)
+    logits = product("GTH,PH->PGT", query, pages.key)
     edge = jnp.where(visible.count > 0, (query * visible.edge[None]).sum(-1), -jnp.inf)
     top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), edge)
     top = jnp.where(jnp.isfinite(top), top, 0)

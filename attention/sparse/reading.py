@@ -16,11 +16,11 @@ from attention.exponential import power, unit
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import slice_or_keep
+from attention.rounding import CALM, product
 from attention.sparse.moments import Moments
 from attention.sparse.plan import Limits, Plan, Visible
 
 BLOCK = 512  # keys of a product: fewer would run on one thread of a CPU
-CALM = 20.0  # where no logit exceeds this size, weights are relative to a bound and not to a running maximum
 
 
 class Head(NamedTuple):
@@ -82,13 +82,13 @@ def definition(head: Head, plan: Plan, row, rows: int) -> Float[Array, "G T E"]:
     """Softmax over the mean keys of some pages, each as often as the page has keys, and the keys of others."""
     part, P = head.part, head.pages.key.shape[0]
     size, query = part.mask.num_keys // P, lax.dynamic_slice_in_dim(part.query, row, rows, axis=3)[0, 0]
-    means = jnp.einsum("GTH,PH->PGT", query, head.pages.key, precision=lax.Precision.HIGHEST)
+    means = product("GTH,PH->PGT", query, head.pages.key)
     means = jnp.moveaxis(jnp.where(plan.mean, means + jnp.log(size), -jnp.inf), 0, 2)
     keys = part.masked_scores(row, rows, 0, part.mask.num_keys)[0, 0]
     keys = jnp.where(jnp.moveaxis(jnp.repeat(plan.read, size, axis=0), 0, 2), keys, -jnp.inf)
     weights = softmax(jnp.concatenate([means, keys], axis=-1))
     values = jnp.concatenate([head.pages.value, part.value[0, 0].astype(query.dtype)])
-    return jnp.einsum("GTS,SE->GTE", weights, values, precision=lax.Precision.HIGHEST)
+    return product("GTS,SE->GTE", weights, values)
 
 
 class Found(NamedTuple):
@@ -127,7 +127,7 @@ def online(head: Head, plan: Plan, visible: Visible, own: Limits, row, rows: int
         higher = jnp.where(calm, level, largest)
         finite = jnp.where(jnp.isneginf(higher), 0, higher)
         kept = power(level - finite)
-        gained = jnp.einsum("FS,SN->FN", values, power(masked - finite[None]), precision=lax.Precision.HIGHEST)
+        gained = product("FS,SN->FN", values, power(masked - finite[None]))
         return higher, sums * kept[None] + gained
 
     def from_means(carry):
@@ -167,7 +167,7 @@ def _scores(part: Inputs, key, query, row, rows: int, col, cols: int):
     """The logits of a block in units of `exponential.unit`, C N."""
     scaled = part.soft_cap is None and part.bias is None
     key = key * unit(key.dtype) if scaled else key
-    raw = jnp.einsum("SH,HN->SN", key, query, precision=lax.Precision.HIGHEST)
+    raw = product("SH,HN->SN", key, query)
     if scaled:
         return raw
     raw = soft_capped(raw, part.soft_cap)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention.masks import Mask
 from attention.sparse.gathered import attend
-from attention.sparse.odds import odds
-from attention.sparse.pages import Pages, box_bound, sound_box_bound
+from attention.sparse.odds import odds_of_the_rest
+from attention.sparse.pages import Pages, box_bound
+from attention.sparse.rows import joined
 
 
 class Selection(NamedTuple):
@@ -87,16 +88,19 @@ def chosen_tiles(
         at, exists = _choice(rule, who, pages, mask, cap)
         bound = None if limit is None else limit[:, rows.clip(0, T - 1)]
         found = attend(own, *_gathered(pages, at, mask), _visible(rule, mask, rows, at, exists), cap, bound)
-        against = _odds(own, rows, found, pages, mask, at, exists, cap) if certified else None
-        return found.output, against, exists.sum() / pages.low.shape[0]
+        P = pages.low.shape[0]
+        share = exists.sum() / P
+        if not certified:
+            return found.output, None, share
+        read = ((at[:, None] == jnp.arange(P)[None]) & exists[:, None]).any(0)[None]
+        return found.output, odds_of_the_rest(own, rows, found, pages, read, mask, cap), share
 
     output, against, read = lax.map(jax.checkpoint(tile), jnp.arange(count)) if count > 1 else _stacked(tile(0))
 
-    def joined(x):
-        x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * R, *x.shape[3:])
-        return lax.dynamic_slice_in_dim(x, shift, T, axis=1)
-
-    return joined(output)[0], None if against is None else joined(against)[0], read
+    output, against = jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(joined(x, count * R), shift, T, axis=1)[0], (output, against)
+    )
+    return output, against, read
 
 
 def _stacked(found):
@@ -169,19 +173,3 @@ def _visible(rule: Selection, mask: Mask, rows, at, exists) -> Bool[Array, "g R 
     keys = _keys(at, rule.block_size)
     there = jnp.repeat(exists, rule.block_size) & (keys < mask.num_keys)
     return mask.at(rows, keys)[0, 0] & there[None, None]
-
-
-def _odds(query, rows, found, pages: Pages, mask: Mask, at, exists, cap) -> Float[Array, "G R"]:
-    """An upper bound on sum(exp(logit)) over the visible keys that were not read, against that over those that were.
-
-    Every page of which a row sees a key counts in full.
-    """
-    P, C = pages.key.shape[:2]
-    tiny = float(jnp.finfo(query.dtype).tiny)
-    read = ((at[:, None] == jnp.arange(P)[None]) & exists[:, None]).any(0)[None]
-    first, last = (x[0][rows.clip(0, mask.num_queries - 1)][:, None] for x in mask.key_range())
-    starts = jnp.arange(P)[None] * C
-    dropped = (starts <= last) & (starts + C > first) & (first <= last) & ~read
-    terms = jnp.exp(sound_box_bound(query, pages, cap) - found.level[..., None])
-    lost = C * jnp.where(dropped[None], jnp.maximum(terms, tiny), 0).sum(-1)
-    return odds(lost, found.total)

@@ -14,6 +14,7 @@ from attention.exact import Exact, softmax, weighted_values
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
 from attention.sparse.bounds import sparse_certificate
+from attention.sparse.rows import joined, starts
 from attention.sparse.threshold import kth_largest
 
 
@@ -84,9 +85,8 @@ class TopK(Cached):
                 logits = own.masked_scores(row, C, 0, S)
                 return rows(logits, kth_largest(logits, self.k), own.value)
 
-            # The last chunk is moved back to end with the last query.
-            starts = jnp.minimum(jnp.arange(0, T, C), T - C)
-            return jax.tree.map(_rows_joined(T), lax.map(jax.checkpoint(chunk), starts))
+            chunks = lax.map(jax.checkpoint(chunk), starts(T, C))
+            return jax.tree.map(lambda x: joined(x[:, 0, 0], T), chunks)
 
         return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), lax.map(head, jnp.arange(B * K)))
 
@@ -112,15 +112,3 @@ def _tail(logits: Float[Array, "*N S"], threshold: Float[Array, "*N 1"]) -> Floa
     dropped = (logits < threshold) & (logits > -jnp.inf)
     tail = jnp.where(dropped, jnp.maximum(terms, jnp.finfo(logits.dtype).tiny), 0).sum(-1)
     return tail / jnp.where(tail > 0, tail + jnp.where(dropped, 0, terms).sum(-1), 1)
-
-
-def _rows_joined(T: int) -> Callable[[Array], Array]:
-    """From `chunks 1 1 G C ...`, the last chunk ending with the last of T rows, to `G T ...`."""
-
-    def joined(chunks):
-        chunks = jnp.moveaxis(chunks[:, 0, 0], 1, 0)
-        G, count, C = chunks.shape[:3]
-        whole = chunks[:, :-1].reshape(G, (count - 1) * C, *chunks.shape[3:])
-        return jnp.concatenate([whole, chunks[:, -1, count * C - T :]], axis=1)
-
-    return joined
