@@ -70,9 +70,20 @@ def room_for(length, max_length: int, value: Float[Array, "..."], *, axis: int) 
 class Cached(Method, register=False):
     """A method whose decoding state is the cache, and whose `extend` is `attend` over it."""
 
-    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> KeyValueCache:
-        room = jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype)
-        return KeyValueCache(key=room, value=room, length=jnp.zeros((), jnp.int32))
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> KeyValueCache:
+        del num_heads
+        # Two arrays, since one buffer cannot be donated twice.
+        key, value = (jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype) for _ in range(2))
+        return KeyValueCache(key=key, value=value, length=jnp.zeros((), jnp.int32))
 
     def extend(
         self,

@@ -150,8 +150,20 @@ class Method(abc.ABC):
         del rng, num_heads, head_dim
         return Params()
 
-    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> Any:
-        """The decoding state before the first token."""
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> Any:
+        """The decoding state before the first token.
+
+        `num_heads` is for states that keep something for each query head: as many as key heads unless given.
+        """
         raise UnsupportedError(f"{type(self).__name__} does not decode: {capable('decoding')}")
 
     def extend(

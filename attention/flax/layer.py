@@ -231,7 +231,8 @@ class MultiHeadAttention(nnx.Module):
         Raises:
             UnsupportedError: the method does not decode; the message names those that do.
         """
-        kept = self.method.init_state(batch, self.num_kv_heads, self.head_dim, max_length, self.dtype)
+        sizes = batch, self.num_kv_heads, self.head_dim, max_length
+        kept = self.method.init_state(*sizes, self.dtype, num_heads=self.num_heads)
         return DecodingState(jnp.zeros((), jnp.int32), kept)
 
     def extend(

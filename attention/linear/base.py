@@ -40,12 +40,21 @@ class Linear(Method, register=False):
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
         return engine.attend(inputs, self.feature_map(inputs), self.chunk)
 
-    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> LinearState:
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> LinearState:
         """The state before the first token, M (head_dim + 1) numbers a key head whatever `max_length` is.
 
         Where query heads of a group have temperatures of their own, the first `extend` gives each its own sums.
         """
-        del max_length
+        del max_length, num_heads
         dtype = jnp.promote_types(dtype, jnp.float32)
         return LinearState.empty(batch, num_kv_heads, 1, self.num_features(head_dim), head_dim, dtype)
 

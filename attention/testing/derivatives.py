@@ -30,7 +30,7 @@ def extend_over_any_split_equals_the_whole(method: Method) -> None:
     case = draw(31)
     whole = attended(method, case, is_causal=True, temperature=0.7)
     for split in SPLITS:
-        state, outputs, start = method.init_state(2, 2, 8, ROOM, jnp.float64), [], 0
+        state, outputs, start = method.init_state(2, 2, 8, ROOM, jnp.float64, num_heads=4), [], 0
         for size in split:
             tokens = Case(*(x[:, start : start + size] for x in case))
             state, output = extend(method, state, tokens, temperature=0.7)

@@ -130,7 +130,7 @@ def rows_that_see_nothing_are_zero(method: Method) -> None:
 def unused_cache_does_not_exist(method: Method) -> None:
     case, outputs = draw(19), []
     for garbage in (0.0, *GARBAGE):
-        state = method.init_state(2, 2, 8, ROOM, jnp.float64)
+        state = method.init_state(2, 2, 8, ROOM, jnp.float64, num_heads=4)
         if not isinstance(state, KeyValueCache):
             return  # no room that waits for tokens
         room = np.full(state.key.shape, garbage)
