@@ -16,6 +16,7 @@ from attention.rounding import calm_limit
 from attention.sparse.odds import odds_certificate
 from attention.sparse.pages import PagedCache, Pages, paged
 from attention.sparse.selection import Selection, chosen_tiles
+from attention.sparse.step import step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,7 @@ class BlockTopK(Method):
     head has its own choice. Only the pages that were chosen are read. Gradients flow through their entries; which
     they are is piecewise constant.
 
-    In decoding, boxes are kept up to date in the state, and so is the first query of the tile at hand. How many query
-    heads there are is known from the first call of `extend` on.
+    In decoding, boxes are kept up to date in the state, and so is the choice of the tile at hand.
 
     Attributes:
         blocks: pages that a tile chooses.
@@ -87,11 +87,22 @@ class BlockTopK(Method):
         return self._over_heads(inputs, self._pages(inputs), certified=False)[0]
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
-        output, odds, read = self._over_heads(inputs, self._pages(inputs), certified=True)
+        output, odds, read, _ = self._over_heads(inputs, self._pages(inputs), certified=True)
         return output, odds_certificate(inputs, odds, read.mean())
 
-    def init_state(self, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> PagedCache:
-        return PagedCache.empty(batch, num_kv_heads, head_dim, max_length, self.block_size, dtype)
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> PagedCache:
+        groups = (num_heads or num_kv_heads) // num_kv_heads
+        sizes = batch, num_kv_heads, groups, head_dim, max_length, self.block_size, self.blocks
+        return PagedCache.empty(*sizes, dtype)
 
     def extend(self, state: PagedCache, query, key, value, **options: Any) -> tuple[PagedCache, Array]:
         new = prepare_tokens(self, query, key, value, **options)
@@ -105,60 +116,47 @@ class BlockTopK(Method):
             key_lengths=longer.length[None],
         )
         whole = dataclasses.replace(new, mask=mask)
-        output, leader = compiled((whole, longer, state.leader), method=self, hook="attend_pages")
-        return dataclasses.replace(longer, leader=leader), ungrouped(output, query).astype(query.dtype)
+        output, chosen = compiled((whole, longer), method=self, hook="attend_pages")
+        return dataclasses.replace(longer, chosen=chosen), ungrouped(output, query).astype(query.dtype)
 
-    def attend_pages(self, operands: tuple[Inputs, PagedCache, Array]) -> tuple[Array, Array]:
-        """The output over the pages of a decoding state, and the first query of the tile at hand."""
-        inputs, state, leader = operands
-        if not leader.shape[2]:
-            leader = jnp.zeros((*inputs.query.shape[:3], inputs.query.shape[-1]), inputs.query.dtype)
-        output = self._over_heads(inputs, state.pages, certified=False, leader=leader)[0]
-        begins = state.length // self.query_block * self.query_block - (state.length - inputs.mask.num_queries)
-        index = begins.clip(0, inputs.mask.num_queries - 1)
-        first = lax.dynamic_index_in_dim(inputs.query, index, axis=3, keepdims=False)
-        return output, jnp.where((begins >= 0) & (begins < inputs.mask.num_queries), first, leader.astype(first.dtype))
+    def attend_pages(self, operands: tuple[Inputs, PagedCache]) -> tuple[Array, Array]:
+        """The output over the pages of a decoding state, and the choice of the tile at hand."""
+        inputs, state = operands
+        begun = jnp.broadcast_to(state.chosen, (*inputs.query.shape[:3], state.chosen.shape[3]))
+        if inputs.mask.num_queries == 1:
+            query = inputs.query[:, :, :, 0]
+            output, chosen = step(self._rule(), query, state.pages, inputs.mask, begun, inputs.soft_cap)
+            return output[:, :, :, None], chosen
+        output, _, _, chosen = self._over_heads(inputs, state.pages, certified=False, begun=begun)
+        return output, chosen
 
     def _pages(self, inputs: Inputs) -> Pages:
         return paged(inputs.key, inputs.value, self.block_size, inputs.mask.key_lengths)
 
-    def _over_heads(self, inputs: Inputs, pages: Pages, *, certified: bool, leader=None):
-        """Outputs, odds of what was not read, and the share of pages read, of one query head after another.
+    def _over_heads(self, inputs: Inputs, pages: Pages, *, certified: bool, begun=None):
+        """Output, odds of what was not read, share of pages read and last choice, of one query head after another."""
+        (B, K, G, _, _) = inputs.query.shape
+        limit = calm_limit(inputs) if begun is None else None  # of a cache it would read every key
 
-        A few queries go through all heads at once: their arithmetic is too little to fill the machine.
-        """
-        (B, K, G, T, _) = inputs.query.shape
-        rule = Selection(self.blocks, self.block_size, self.query_block, self.window, self.sinks)
+        def head(n):
+            b, k, g = n // (K * G), n // G % K, n % G
+            own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
+            chosen, bound = jax.tree.map(lambda x: x[b, k, g], (begun, limit))
+            bound, mask = None if bound is None else bound[None], one_head(inputs.mask, b, k, g)
+            query = inputs.query[b, k, g][None]
+            return chosen_tiles(self._rule(), query, own, mask, chosen, bound, inputs.soft_cap, certified=certified)
 
-        def head(b, k, g, query, own: Pages, lead, bound=None):
-            mask = one_head(inputs.mask, b, k, g)
-            return chosen_tiles(rule, query[None], own, mask, lead, bound, inputs.soft_cap, certified=certified)
+        found = lax.map(head, jnp.arange(B * K * G))
+        return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)
 
-        if T > 1 or inputs.mask.dense is not None:
-            limit = calm_limit(inputs) if leader is None else None  # of a cache it would read every key
-
-            def nth(n):
-                b, k, g = n // (K * G), n // G % K, n % G
-                own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
-                lead, bound = (
-                    None if leader is None else leader[b, k, g],
-                    None if limit is None else limit[b, k, g][None],
-                )
-                return head(b, k, g, inputs.query[b, k, g], own, lead, bound)
-
-            found = lax.map(nth, jnp.arange(B * K * G))
-            return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)
-        over_g = jax.vmap(head, in_axes=(None, None, 0, 0, None, 0))
-        over_k = jax.vmap(over_g, in_axes=(None, 0, None, 0, 0, 0))
-        over_b = jax.vmap(over_k, in_axes=(0, None, None, 0, 0, 0))
-        return over_b(jnp.arange(B), jnp.arange(K), jnp.arange(G), inputs.query, pages, leader)
+    def _rule(self) -> Selection:
+        return Selection(self.blocks, self.block_size, self.query_block, self.window, self.sinks)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """Every tile is counted with as many pages as it can read."""
         C, R = self.block_size, min(self.query_block, T)
         pages = -(-S // C)
-        rule = Selection(self.blocks, C, self.query_block, self.window, self.sinks)
-        read, tiles = min(pages, rule.slots(pages, causal=is_causal)), -(-T // R)
+        read, tiles = min(pages, self._rule().slots(pages, causal=is_causal)), -(-T // R)
         choosers = tiles if is_causal else T
         flops = 4.0 * num_heads * head_dim * (T * read * C + choosers * pages)
         return Cost(flops, 4.0 * num_heads * head_dim * (2 * T + 4 * S + 2 * tiles * read * C))

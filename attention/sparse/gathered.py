@@ -10,6 +10,9 @@ from attention.exponential import smooth_power, unit
 from attention.logits import soft_capped
 from attention.rounding import CALM, product
 
+FEW = 4  # rows that read keys and values as they lie
+CHUNK = 64  # keys of a product of these
+
 
 class Found(NamedTuple):
     """What some rows made of the keys that they read.
@@ -41,6 +44,8 @@ def attend(
 
     Cost: 2 G R n (H + E) operations, and G R n logits in memory.
     """
+    if query.shape[0] * query.shape[1] <= FEW:
+        return _few(query, key, value, visible, soft_cap)
     dtype = query.dtype
     upright, visible = jnp.moveaxis(query, 2, 0), jnp.moveaxis(visible, 2, 0)
     if soft_cap is None:  # the unit costs less on the keys than on the logits
@@ -55,6 +60,24 @@ def attend(
     total = sums[-1]
     output = sums[:-1] / jnp.where(total > 0, total, 1)[None]
     return Found(jnp.moveaxis(output, 0, 2), level / unit(dtype), lax.stop_gradient(total))
+
+
+def _few(query, key, value, visible, soft_cap) -> Found:
+    """`attend` without a copy of keys or values, which costs more than the arithmetic of a few rows."""
+    dtype, n = query.dtype, key.shape[0]
+    logits = jnp.moveaxis(product("nH,HGR->nGR", key.astype(dtype), jnp.moveaxis(query, 2, 0)), 0, 2)
+    logits = jnp.where(visible, soft_capped(logits, soft_cap), -jnp.inf)
+    level = lax.stop_gradient(logits.max(-1))
+    level = jnp.where(jnp.isneginf(level), 0, level)
+    weights = jnp.exp(logits - level[..., None])
+    total = weights.sum(-1)
+    # In one sum over all keys, the product of a batch of heads would be a plain loop.
+    C = max(size for size in range(1, CHUNK + 1) if n % size == 0)
+    parts = product(
+        "GRmC,mCE->mGRE", weights.reshape(*total.shape, -1, C), value.astype(dtype).reshape(-1, C, value.shape[1])
+    )
+    output = parts.sum(0) / jnp.where(total > 0, total, 1)[..., None]
+    return Found(output, level, lax.stop_gradient(total))
 
 
 def _level(logits: Float[Array, "n G R"], limit: Float[Array, "G R"] | None) -> Float[Array, "G R"]:

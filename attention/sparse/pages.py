@@ -20,13 +20,12 @@ class Pages(NamedTuple):
 
     Attributes:
         key, value: `... P C H` and `... P C E`.
-        low, high: `... P H`, the least and the largest entry of the keys of a page; 0 where it holds none.
+        box: `... P 2H`, its centre and half its widths, at least in float32; 0 where a page holds no key.
     """
 
     key: Float[Array, "*N P C H"]
     value: Float[Array, "*N P C E"]
-    low: Float[Array, "*N P H"]
-    high: Float[Array, "*N P H"]
+    box: Float[Array, "*N P X"]
 
 
 def paged(key: Float[Array, "B K S H"], value: Float[Array, "B K S E"], C: int, lengths) -> Pages:
@@ -37,19 +36,20 @@ def paged(key: Float[Array, "B K S H"], value: Float[Array, "B K S E"], C: int, 
     key, value = (x.reshape(*x.shape[:2], P, C, x.shape[3]) for x in (key, value))
     end = jnp.full((1,), S) if lengths is None else lengths
     exists = jnp.arange(P * C).reshape(1, 1, P, C, 1) < end.reshape(-1, 1, 1, 1, 1)
-    return Pages(key, value, *boxes(key, exists))
+    return Pages(key, value, boxes(key, exists))
 
 
-def boxes(key: Float[Array, "*N C H"], exists) -> tuple[Float[Array, "*N H"], Float[Array, "*N H"]]:
-    """The least and the largest entries of the keys that exist in each page; zeros where none does."""
+def boxes(key: Float[Array, "*N C H"], exists) -> Float[Array, "*N X"]:
+    """The boxes around the keys that exist in each page: centres and half the widths; zeros where none does."""
     key = lax.stop_gradient(key)
     low = jnp.where(exists, key, jnp.inf).min(-2)
     high = jnp.where(exists, key, -jnp.inf).max(-2)
-    some = exists.any(-2)
-    return jnp.where(some, low, 0).astype(key.dtype), jnp.where(some, high, 0).astype(key.dtype)
+    dtype = jnp.promote_types(key.dtype, jnp.float32)
+    low, high = (jnp.where(exists.any(-2), x, 0).astype(dtype) for x in (low, high))
+    return jnp.concatenate([(low + high) / 2, (high - low) / 2], axis=-1)
 
 
-def box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -> Float[Array, "G R P"]:
+def box_bound(query: Float[Array, "G R H"], box: Float[Array, "P X"], soft_cap=None) -> Float[Array, "G R P"]:
     r"""An upper bound on every logit of each page, up to rounding: sum_h max(q_h low_h, q_h high_h).
 
     In two products: q . (low + high) / 2 + |q| . (high - low) / 2.
@@ -58,23 +58,21 @@ def box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -> Floa
         Tang et al., "Quest: query-aware sparsity for efficient long-context LLM inference", arXiv 2406.10774,
         section 3.2.
     """
-    low, high = (lax.stop_gradient(x).astype(query.dtype) for x in (pages.low, pages.high))
-    query = lax.stop_gradient(query)
-    both = jnp.concatenate([query, jnp.abs(query)], axis=-1)
-    boxed = jnp.concatenate([(low + high) / 2, (high - low) / 2], axis=-1)
-    bound = product("GRX,PX->GRP", both, boxed)
+    upright = jnp.moveaxis(lax.stop_gradient(query), 2, 0)  # the boxes are read as they lie
+    both = jnp.concatenate([upright, jnp.abs(upright)])
+    bound = jnp.moveaxis(product("PX,XGR->PGR", box.astype(query.dtype), both), 0, 2)
     return bound if soft_cap is None else soft_cap * jnp.tanh(bound / soft_cap)
 
 
 def sound_box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -> Float[Array, "G R P"]:
     """`box_bound` rounded outward: above every exact logit of the page. `docs/bounds.md` derives the margin."""
     dtype, H = query.dtype, query.shape[-1]
-    low, high = (lax.stop_gradient(x).astype(dtype) for x in (pages.low, pages.high))
-    largest = norms(jnp.maximum(jnp.abs(low), jnp.abs(high)))
+    centre, half = jnp.split(pages.box.astype(dtype), 2, axis=-1)
+    largest = norms(jnp.abs(centre) + half)
     size = norms(lax.stop_gradient(query))[..., None] * largest[None, None]
     margin = 1.01 * (2 * H * product_roundoff(dtype) + 16 * roundoff(dtype)) * size
     underflow = 4 * H * float(jnp.finfo(dtype).tiny) * (1 + norms(lax.stop_gradient(query)))[..., None]
-    bound = box_bound(query, pages) + margin + underflow
+    bound = box_bound(query, pages.box) + margin + underflow
     if soft_cap is None:
         return bound
     return soft_cap * jnp.tanh(bound / soft_cap) + 16 * roundoff(dtype) * jnp.minimum(jnp.abs(bound), soft_cap)
@@ -87,29 +85,31 @@ class PagedCache:
 
     Attributes:
         key, value: `B K P C H` and `B K P C E`; what lies beyond `length` may be anything.
-        low, high: `B K P H`, as in `Pages`.
-        leader: `B K G H`, the first query of the tile at hand, where it has been seen; G = 0 before the first token.
+        box: `B K P 2H`, as in `Pages`.
+        chosen: `B K G n`, the pages that the tile at hand has chosen; -1 where it has chosen fewer.
         length: how many tokens there are.
     """
 
     key: Float[Array, "B K P C H"]
     value: Float[Array, "B K P C E"]
-    low: Float[Array, "B K P H"]
-    high: Float[Array, "B K P H"]
-    leader: Float[Array, "B K G H"]
+    box: Float[Array, "B K P X"]
+    chosen: Int[Array, "B K G n"]
     length: Int[Array, ""]
 
     @classmethod
-    def empty(cls, batch: int, num_kv_heads: int, head_dim: int, max_length: int, C: int, dtype: Any) -> "PagedCache":
-        """Room for at least `max_length` tokens, rounded up to whole pages."""
+    def empty(
+        cls, batch: int, num_kv_heads: int, groups: int, head_dim: int, max_length: int, C: int, blocks: int, dtype: Any
+    ) -> "PagedCache":
+        """Room for at least `max_length` tokens, rounded up to whole pages, and for the choice of `blocks` of them."""
         P = -(-max_length // C)
-        room, box = (jnp.zeros((batch, num_kv_heads, P, *rest, head_dim), dtype) for rest in ((C,), ()))
-        leader = jnp.zeros((batch, num_kv_heads, 0, head_dim), jnp.promote_types(dtype, jnp.float32))
-        return cls(key=room, value=room, low=box, high=box, leader=leader, length=jnp.zeros((), jnp.int32))
+        key, value = (jnp.zeros((batch, num_kv_heads, P, C, head_dim), dtype) for _ in range(2))
+        box = jnp.zeros((batch, num_kv_heads, P, 2 * head_dim), jnp.promote_types(dtype, jnp.float32))
+        chosen = jnp.full((batch, num_kv_heads, groups, min(P, blocks)), -1, jnp.int32)
+        return cls(key=key, value=value, box=box, chosen=chosen, length=jnp.zeros((), jnp.int32))
 
     @property
     def pages(self) -> Pages:
-        return Pages(self.key, self.value, self.low, self.high)
+        return Pages(self.key, self.value, self.box)
 
     def append(self, key: Float[Array, "B K T H"], value: Float[Array, "B K T E"]) -> "PagedCache":
         """The state with T more tokens, and the boxes of the pages that they came into.
@@ -135,8 +135,5 @@ class PagedCache:
         keys, values = lax.fori_loop(0, jnp.minimum(end, 1), write, (self.key, self.value))
         those = lax.dynamic_slice_in_dim(keys, first, touched, axis=2)
         exists = (first * C + jnp.arange(touched * C)).reshape(1, 1, touched, C, 1) < end
-        low, high = (
-            lax.dynamic_update_slice_in_dim(old, new, first, axis=2)
-            for old, new in zip((self.low, self.high), boxes(those, exists), strict=True)
-        )
-        return dataclasses.replace(self, key=keys, value=values, low=low, high=high, length=end)
+        box = lax.dynamic_update_slice_in_dim(self.box, boxes(those, exists), first, axis=2)
+        return dataclasses.replace(self, key=keys, value=values, box=box, length=end)

@@ -3,6 +3,7 @@
 Tiles count from position 0, wherever the queries begin, so that a sequence cut anywhere has the same ones.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,7 +40,7 @@ class Selection(NamedTuple):
         return sinks + self.always(pages, causal=causal) + min(pages, self.blocks)
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """A tile of queries: its rows, the position of its first query, and who chooses for it."""
 
     rows: Int[Array, " R"]
@@ -49,21 +50,21 @@ class _Tile(NamedTuple):
 
 
 def chosen_tiles(
-    rule: Selection, query: Float[Array, "G T H"], pages: Pages, mask: Mask, leader, limit, cap, *, certified: bool
+    rule: Selection, query: Float[Array, "G T H"], pages: Pages, mask: Mask, begun, limit, cap, *, certified: bool
 ):
-    """Outputs `G T E`, odds of what was not read `G T` (None unless certified), and the share of pages read `tiles`.
+    """Outputs `T E`, odds of what was not read `T` (None unless certified), the share of pages read, the last choice.
 
     Args:
         rule: what is selected.
         query: the queries of heads that share their choice.
         pages: of their key head.
         mask: of these heads.
-        leader: `H`, the first query of the tile in which the first one lies, where that is not among them; or None.
+        begun: what the tile has chosen in which the first query lies, where that tile began before it; or None.
         limit: `G T`, an upper bound on the size of logits; or None.
         cap: the soft cap, or None.
         certified: whether odds are computed.
     """
-    T, R = mask.num_queries, rule.query_block
+    T, R, P = mask.num_queries, rule.query_block, pages.box.shape[0]
     offset = jnp.zeros((), jnp.int32) if mask.offset is None else mask.offset[0]
     moves = mask.causal and mask.offset is not None
     R = min(R, T) if not moves else (R if T >= R else 1)
@@ -79,53 +80,65 @@ def chosen_tiles(
             position = (rows[0] + offset) // rule.query_block * rule.query_block
             first = position - offset
             lead = lax.dynamic_slice_in_dim(query, first.clip(0, T - 1), 1, axis=1)
-            if leader is not None:
-                lead = jnp.where(first < 0, leader.astype(lead.dtype), lead)
-            who = _Tile(rows, position, lead, jnp.ones(1, bool))
+            who = Tile(rows, position, lead, jnp.ones(1, bool))
         else:
             real = rows < (T if mask.query_lengths is None else mask.query_lengths[0])
-            who = _Tile(rows, rows[0] + offset, own, real)
-        at, exists = _choice(rule, who, pages, mask, cap)
+            who = Tile(rows, rows[0] + offset, own, real)
+        chosen = _unless(begun, who, offset, lambda: choice(rule, who, pages.box, mask, cap))
+        at, exists = read(rule, who.position, chosen, P, mask)
         bound = None if limit is None else limit[:, rows.clip(0, T - 1)]
         found = attend(own, *_gathered(pages, at, mask), _visible(rule, mask, rows, at, exists), cap, bound)
-        P = pages.low.shape[0]
-        share = exists.sum() / P
-        if not certified:
-            return found.output, None, share
-        read = ((at[:, None] == jnp.arange(P)[None]) & exists[:, None]).any(0)[None]
-        return found.output, odds_of_the_rest(own, rows, found, pages, read, mask, cap), share
+        against = None
+        if certified:
+            whole = ((at[:, None] == jnp.arange(P)[None]) & exists[:, None]).any(0)[None]
+            against = odds_of_the_rest(own, rows, found, pages, whole, mask, cap)
+        return (found.output, against), exists.sum() / P, chosen
 
-    output, against, read = lax.map(jax.checkpoint(tile), jnp.arange(count)) if count > 1 else _stacked(tile(0))
-
-    output, against = jax.tree.map(
-        lambda x: lax.dynamic_slice_in_dim(joined(x, count * R), shift, T, axis=1)[0], (output, against)
-    )
-    return output, against, read
+    found, share, chosen = lax.map(jax.checkpoint(tile), jnp.arange(count)) if count > 1 else _stacked(tile(0))
+    output, against = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(joined(x, count * R), shift, T, axis=1)[0], found)
+    return output, against, share, lax.dynamic_index_in_dim(chosen, (shift + T - 1) // R, keepdims=False)
 
 
 def _stacked(found):
     return jax.tree.map(lambda x: x[None], found)
 
 
-def _choice(rule: Selection, tile: _Tile, pages: Pages, mask: Mask, cap) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:
-    """The pages that a tile reads, and which of the slots hold one."""
-    C, P = rule.block_size, pages.low.shape[0]
-    every, start, end = jnp.arange(P), tile.position, tile.position + rule.query_block - 1
-    first, last = _reach(mask, start, end)
-    shown = (every * C <= last) & ((every + 1) * C > first)
-    sinks = jnp.arange(min(P, -(-rule.sinks // C)))
+def _unless(begun, tile: Tile, offset, choice: Callable[[], Int[Array, " n"]]) -> Int[Array, " n"]:
+    """What a tile chose when it began, if that was before the first of these queries."""
+    return choice() if begun is None else lax.cond(tile.position < offset, lambda: begun, choice)
+
+
+def choice(rule: Selection, tile: Tile, box: Float[Array, "P X"], mask: Mask, cap) -> Int[Array, " n"]:
+    """The pages with the largest scores, of those that are not read anyway; -1 where there are no more."""
+    C, P = rule.block_size, box.shape[0]
+    every = jnp.arange(P)
+    first, last = _reach(mask, tile.position, tile.position + rule.query_block - 1)
+    low, high = _around(rule, tile.position, P, mask)
+    free = (every * C <= last) & ((every + 1) * C > first) & ((every < low) | (every > high))
+    free &= every >= -(-rule.sinks // C)
+    best, top = lax.top_k(jnp.where(free, _scores(tile, box, free, cap), -jnp.inf), min(P, rule.blocks))
+    return jnp.where(best == -jnp.inf, -1, top)  # NaN is chosen, so that it cannot go unnoticed
+
+
+def _around(rule: Selection, start, P: int, mask: Mask):
+    """The first and the last page around a tile that are read whatever they hold."""
     always = rule.always(P, causal=mask.causal)
-    low = ((start - rule.window) // C).clip(0, P) if always else P
-    high = (end if mask.causal else end + rule.window) // C
-    around = low + jnp.arange(always)
-    free = shown & (every >= sinks.size) & ((every < low) | (every > high))
-    best, top = lax.top_k(jnp.where(free, _scores(tile, pages, free, cap), -jnp.inf), min(P, rule.blocks))
-    exists = (
-        (sinks < low) & (sinks * C <= last),
-        (around <= high) & (around * C <= last) & (around < P),
-        best != -jnp.inf,  # NaN among them, so that it cannot go unnoticed
-    )
-    return jnp.concatenate([sinks, around.clip(0, P - 1), top]), jnp.concatenate(exists)
+    low = ((start - rule.window) // rule.block_size).clip(0, P) if always else P
+    end = start + rule.query_block - 1
+    return low, (end if mask.causal else end + rule.window) // rule.block_size
+
+
+def read(
+    rule: Selection, start, chosen: Int[Array, " n"], P: int, mask: Mask
+) -> tuple[Int[Array, " m"], Bool[Array, " m"]]:
+    """The pages that a tile reads, and which of the slots hold one."""
+    C = rule.block_size
+    _, last = _reach(mask, start, start + rule.query_block - 1)
+    low, high = _around(rule, start, P, mask)
+    sinks = jnp.arange(min(P, -(-rule.sinks // C)))
+    around = low + jnp.arange(rule.always(P, causal=mask.causal))
+    exists = (sinks < low) & (sinks * C <= last), (around <= high) & (around * C <= last) & (around < P), chosen >= 0
+    return jnp.concatenate([sinks, around, chosen]).clip(0, P - 1), jnp.concatenate(exists)
 
 
 def _reach(mask: Mask, start, end):
@@ -139,9 +152,9 @@ def _reach(mask: Mask, start, end):
     return first, last if mask.key_lengths is None else jnp.minimum(last, mask.key_lengths[0] - 1)
 
 
-def _scores(tile: _Tile, pages: Pages, free: Bool[Array, " P"], cap) -> Float[Array, " P"]:
+def _scores(tile: Tile, box: Float[Array, "P X"], free: Bool[Array, " P"], cap) -> Float[Array, " P"]:
     """The logarithm of the sum over those who choose of the softmax of their bounds; for a single one, its bounds."""
-    bounds = box_bound(tile.choosers, pages, cap)
+    bounds = box_bound(tile.choosers, box, cap)
     if bounds.shape[:2] == (1, 1):
         return bounds[0, 0]
     bounds = jnp.where(free[None, None], bounds, -jnp.inf)
@@ -160,16 +173,16 @@ def _gathered(pages: Pages, at: Int[Array, " n"], mask: Mask) -> tuple[Float[Arr
     )
     if mask.key_lengths is None:
         return key, value
-    there = (_keys(at, C) < mask.key_lengths[0])[:, None]
+    there = (keys_of(at, C) < mask.key_lengths[0])[:, None]
     return jnp.where(there, key, jnp.zeros_like(key)), jnp.where(there, value, jnp.zeros_like(value))
 
 
-def _keys(at: Int[Array, " n"], C: int) -> Int[Array, " nC"]:
+def keys_of(at: Int[Array, " n"], C: int) -> Int[Array, " nC"]:
     return (at[:, None] * C + jnp.arange(C)[None]).ravel()
 
 
 def _visible(rule: Selection, mask: Mask, rows, at, exists) -> Bool[Array, "g R nC"]:
     """Which of the gathered keys each row sees."""
-    keys = _keys(at, rule.block_size)
+    keys = keys_of(at, rule.block_size)
     there = jnp.repeat(exists, rule.block_size) & (keys < mask.num_keys)
     return mask.at(rows, keys)[0, 0] & there[None, None]

@@ -44,17 +44,26 @@ def test_a_state_ignores_what_lies_beyond_its_length(garbage):
 
 def test_a_state_has_the_boxes_of_its_pages():
     key = jnp.asarray(np.moveaxis(draw(1).key, 2, 1), jnp.float32)
-    state = PagedCache.empty(2, 2, 8, 16, C, jnp.float32)
+    state = PagedCache.empty(2, 2, 1, 8, 16, C, 1, jnp.float32)
     for start, end in ((0, 4), (4, 5), (5, 13)):
         state = append(state, key[:, :, start:end], key[:, :, start:end])
-    whole = paged(key, key, C, None)
-    for mine, theirs in ((state.low, whole.low), (state.high, whole.high)):
-        np.testing.assert_array_equal(mine[:, :, :5], theirs)
-        assert not np.any(mine[:, :, 5:])
+    np.testing.assert_array_equal(state.box[:, :, :5], paged(key, key, C, None).box)
+    assert not np.any(state.box[:, :, 5:])
+
+
+def test_a_scan_decodes_from_the_empty_state():
+    """Of grouped heads, by tiles of 7 that choose for their tokens: the state has its shape from the start."""
+    method, case = BlockTopK.examples()[0], draw(2).astype(jnp.float32)
+    tokens = [jnp.moveaxis(x, 1, 0)[:, :, None] for x in case]
+    state = method.init_state(2, 2, 8, 16, jnp.float32, num_heads=4)
+    _, outputs = jax.jit(lambda state, x: jax.lax.scan(lambda s, t: method.extend(s, *t), state, x))(state, tokens)
+    whole = dot_product_attention(*case, method=method, is_causal=True)
+    # Both are sums of at most 13 products of order one, in two orders.
+    np.testing.assert_allclose(jnp.moveaxis(outputs[:, :, 0], 0, 1), whole, atol=2.0**-19, rtol=0)
 
 
 def test_a_full_state_says_so():
-    state = PagedCache.empty(2, 2, 8, 4, C, jnp.float32)  # two pages, six tokens
+    state = PagedCache.empty(2, 2, 1, 8, 4, C, 1, jnp.float32)  # two pages, six tokens
     with pytest.raises(ValueError, match="cache holds 0 tokens of max_length 6: 7 more do not fit"):
         state.append(jnp.zeros((2, 2, 7, 8)), jnp.zeros((2, 2, 7, 8)))
 
