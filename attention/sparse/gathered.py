@@ -1,5 +1,6 @@
 """Softmax attention of a few rows over the keys that were gathered for them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,11 +33,11 @@ def attend(
     query: Float[Array, "G R H"],
     key: Float[Array, "n H"],
     value: Float[Array, "n E"],
-    visible: Bool[Array, "g R n"],
+    visible: Callable[[], Bool[Array, "g R n"]],
     soft_cap: Float[Array, ""] | None,
     limit: Float[Array, "G R"] | None,
 ) -> Found:
-    """Softmax over the n gathered keys that each row sees.
+    """Softmax over the n gathered keys that each row sees; what is `visible` is computed where it is needed.
 
     The products are of row-major operands with the keys in front, which on a CPU needs no transposed tile; a row of
     ones under the values adds up the weights. Rows whose logits are within `limit` <= CALM take that for their level,
@@ -47,14 +48,17 @@ def attend(
     if query.shape[0] * query.shape[1] <= FEW:
         return _few(query, key, value, visible, soft_cap)
     dtype = query.dtype
-    upright, visible = jnp.moveaxis(query, 2, 0), jnp.moveaxis(visible, 2, 0)
+    upright = jnp.moveaxis(query, 2, 0)
     if soft_cap is None:  # the unit costs less on the keys than on the logits
         logits = product("nH,HGR->nGR", key.astype(dtype) * unit(dtype), upright)
     else:
         logits = soft_capped(product("nH,HGR->nGR", key.astype(dtype), upright), soft_cap) * unit(dtype)
-    logits = jnp.where(visible, logits, -jnp.inf)
-    level = _level(lax.stop_gradient(logits), limit)
-    weights = smooth_power(logits - level[None])
+
+    def shown():
+        return jnp.where(jnp.moveaxis(visible(), 2, 0), logits, -jnp.inf)
+
+    level = lax.stop_gradient(_level(shown, limit))
+    weights = smooth_power(shown() - level[None])
     across = value.astype(dtype).T
     sums = product("En,nGR->EGR", jnp.concatenate([across, jnp.ones_like(across[:1])]), weights)
     total = sums[-1]
@@ -66,7 +70,7 @@ def _few(query, key, value, visible, soft_cap) -> Found:
     """`attend` without a copy of keys or values, which costs more than the arithmetic of a few rows."""
     dtype, n = query.dtype, key.shape[0]
     logits = jnp.moveaxis(product("nH,HGR->nGR", key.astype(dtype), jnp.moveaxis(query, 2, 0)), 0, 2)
-    logits = jnp.where(visible, soft_capped(logits, soft_cap), -jnp.inf)
+    logits = jnp.where(visible(), soft_capped(logits, soft_cap), -jnp.inf)
     level = lax.stop_gradient(logits.max(-1))
     level = jnp.where(jnp.isneginf(level), 0, level)
     weights = jnp.exp(logits - level[..., None])
@@ -80,11 +84,11 @@ def _few(query, key, value, visible, soft_cap) -> Found:
     return Found(output, level, lax.stop_gradient(total))
 
 
-def _level(logits: Float[Array, "n G R"], limit: Float[Array, "G R"] | None) -> Float[Array, "G R"]:
+def _level(logits: Callable[[], Float[Array, "n G R"]], limit: Float[Array, "G R"] | None) -> Float[Array, "G R"]:
     """What is subtracted from the logits, in units: a row's own limit or maximum, whatever others in its tile do."""
 
     def largest():
-        top = logits.max(0)
+        top = lax.stop_gradient(logits()).max(0)
         return jnp.where(jnp.isneginf(top), 0, top)
 
     if limit is None:

@@ -3,6 +3,7 @@
 Tiles count from position 0, wherever the queries begin, so that a sequence cut anywhere has the same ones.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,8 +32,9 @@ class Selection(NamedTuple):
         """How many pages around a tile are read whatever they hold."""
         if not causal and not self.window:
             return 0
-        reach = self.query_block + self.window * (1 if causal else 2)
-        return min(pages, (reach + self.block_size - 2) // self.block_size + 1)
+        C, reach = self.block_size, self.query_block + self.window * (1 if causal else 2)
+        aligned = self.query_block % C == 0 and self.window % C == 0  # where a tile begins, a page begins
+        return min(pages, reach // C if aligned else (reach + C - 2) // C + 1)
 
     def slots(self, pages: int, *, causal: bool) -> int:
         """The most pages that a tile reads, some perhaps in vain."""
@@ -87,7 +89,8 @@ def chosen_tiles(
         chosen = _unless(begun, who, offset, lambda: choice(rule, who, pages.box, mask, cap))
         at, exists = read(rule, who.position, chosen, P, mask)
         bound = None if limit is None else limit[:, rows.clip(0, T - 1)]
-        found = attend(own, *_gathered(pages, at, mask), _visible(rule, mask, rows, at, exists), cap, bound)
+        visible = functools.partial(_visible, rule, mask, rows, at, exists)
+        found = attend(own, *_gathered(pages, at, mask), visible, cap, bound)
         against = None
         if certified:
             whole = ((at[:, None] == jnp.arange(P)[None]) & exists[:, None]).any(0)[None]

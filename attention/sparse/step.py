@@ -7,7 +7,7 @@ What counts is that each page is copied once, as a whole, and to where the cache
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attention.masks import Mask
 from attention.sparse.gathered import attend
@@ -40,7 +40,11 @@ def step(
     def head(n):
         at, exists = read(rule, position, now.reshape(B * K * G, -1)[n], P, mask)
         key, value = (_gathered(x, n // G, at, mask) for x in (pages.key, pages.value))
-        visible = _visible(at, exists, pages.key.shape[3], mask)
+
+        def visible():
+            keys = keys_of(at, pages.key.shape[3])
+            return mask.at(jnp.zeros(1, jnp.int32), keys)[0, 0] & jnp.repeat(exists, pages.key.shape[3])[None, None]
+
         return attend(query.reshape(-1, 1, 1, H)[n], key, value, visible, cap, None).output[0, 0]
 
     return lax.map(head, jnp.arange(B * K * G)).reshape(B, K, G, -1), now
@@ -57,8 +61,3 @@ def _gathered(x: Float[Array, "B K P C X"], n, at: Int[Array, " m"], mask: Mask)
     found = jnp.take(x.reshape(B * K * P, C * X), n * P + at, axis=0, mode="clip")
     there = jnp.arange(C * X)[None] < (mask.key_lengths[0] - C * at[:, None]) * X
     return jnp.where(there, found, jnp.zeros_like(found)).reshape(-1, X)
-
-
-def _visible(at: Int[Array, " m"], exists: Bool[Array, " m"], C: int, mask: Mask) -> Bool[Array, "1 1 mC"]:
-    keys = keys_of(at, C)
-    return mask.at(jnp.zeros(1, jnp.int32), keys)[0, 0] & jnp.repeat(exists, C)[None, None]
