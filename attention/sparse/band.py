@@ -122,7 +122,7 @@ class Banded(Cached, register=False):
 
     def _whole_pages(self, pages: Pages, first, last, start) -> Bool[Array, "R P"]:
         """Which pages each query reads as a whole, their ends from its range or its sinks."""
-        begin = jnp.arange(pages.low.shape[0])[None] * PAGE
+        begin = jnp.arange(pages.box.shape[0])[None] * PAGE
         end = begin + PAGE - 1
         within = (begin >= first) & (end <= last)
         return within | ((begin >= start) & (end < start + self.num_sinks()))
