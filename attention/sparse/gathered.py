@@ -33,11 +33,11 @@ def attend(
     query: Float[Array, "G R H"],
     key: Float[Array, "n H"],
     value: Float[Array, "n E"],
-    visible: Callable[[], Bool[Array, "g R n"]],
+    visible: Bool[Array, "g R n"],
     soft_cap: Float[Array, ""] | None,
     limit: Float[Array, "G R"] | None,
 ) -> Found:
-    """Softmax over the n gathered keys that each row sees; what is `visible` is computed where it is needed.
+    """Softmax over the n gathered keys that each row sees.
 
     The products are of row-major operands with the keys in front, which on a CPU needs no transposed tile; a row of
     ones under the values adds up the weights. Rows whose logits are within `limit` <= CALM take that for their level,
@@ -54,8 +54,8 @@ def attend(
     else:
         logits = soft_capped(product("nH,HGR->nGR", key.astype(dtype), upright), soft_cap) * unit(dtype)
 
-    def shown():
-        return jnp.where(jnp.moveaxis(visible(), 2, 0), logits, -jnp.inf)
+    def shown():  # by the maximum and by the weights: kept for both, it would be one more pass over the logits
+        return jnp.where(jnp.moveaxis(visible, 2, 0), logits, -jnp.inf)
 
     level = lax.stop_gradient(_level(shown, limit))
     weights = smooth_power(shown() - level[None])
@@ -70,7 +70,7 @@ def _few(query, key, value, visible, soft_cap) -> Found:
     """`attend` without a copy of keys or values, which costs more than the arithmetic of a few rows."""
     dtype, n = query.dtype, key.shape[0]
     logits = jnp.moveaxis(product("nH,HGR->nGR", key.astype(dtype), jnp.moveaxis(query, 2, 0)), 0, 2)
-    logits = jnp.where(visible(), soft_capped(logits, soft_cap), -jnp.inf)
+    logits = jnp.where(visible, soft_capped(logits, soft_cap), -jnp.inf)
     level = lax.stop_gradient(logits.max(-1))
     level = jnp.where(jnp.isneginf(level), 0, level)
     weights = jnp.exp(logits - level[..., None])
