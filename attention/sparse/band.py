@@ -99,8 +99,7 @@ class Banded(Cached, register=False):
         # A sink that lies in the slice too counts there, in its first place.
         again = (jnp.arange(keys.size) >= width) & (keys >= corner) & (keys < corner + width)
         reads = (within | self._is_sink(keys[None], start[:, None])) & ~again[None]
-        # By rows and once: in the pass over the logits, which has the keys in front, two runs of keys cost more.
-        visible = lax.optimization_barrier(mask.at(rows, keys)[0, 0] & reads[None])
+        visible = mask.at(rows, keys)[0, 0] & reads[None]
 
         def slices(x):
             found = jnp.concatenate([lax.dynamic_slice_in_dim(x[0, 0], begin, size) for begin, size in corners])

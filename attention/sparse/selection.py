@@ -3,6 +3,7 @@
 Tiles count from position 0, wherever the queries begin, so that a sequence cut anywhere has the same ones.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def chosen_tiles(
         chosen = _unless(begun, who, offset, lambda: choice(rule, who, pages.box, mask, cap))
         at, exists = read(rule, who.position, chosen, P, mask)
         bound = None if limit is None else limit[:, rows.clip(0, T - 1)]
-        visible = _visible(rule, mask, rows, at, exists)
+        visible = functools.partial(_visible, rule, mask, rows, at, exists)
         found = attend(own, *_gathered(pages, at, mask), visible, cap, bound)
         against = None
         if certified:
