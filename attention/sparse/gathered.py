@@ -49,7 +49,7 @@ def attend(
     Cost: 2 G R n (H + E) operations, and G R n logits in memory.
     """
     if query.shape[0] * query.shape[1] <= FEW:
-        return _few(query, key, value, visible() if callable(visible) else visible, soft_cap)
+        return _few(query, key, value, visible if isinstance(visible, Array) else visible(), soft_cap)
     dtype = query.dtype
     upright = jnp.moveaxis(query, 2, 0)
     if soft_cap is None:  # the unit costs less on the keys than on the logits
@@ -60,10 +60,10 @@ def attend(
     def masked(seen: Bool[Array, "g R n"]):
         return jnp.where(jnp.moveaxis(seen, 2, 0), logits, -jnp.inf)
 
-    once = None if callable(visible) else masked(visible)
+    once = masked(visible) if isinstance(visible, Array) else None
 
     def shown():
-        return masked(visible()) if callable(visible) else once
+        return masked(visible()) if not isinstance(visible, Array) else once
 
     level = lax.stop_gradient(_level(shown, limit))
     weights = smooth_power(shown() - level[None])
