@@ -99,9 +99,7 @@ class Banded(Cached, register=False):
         # A sink that lies in the slice too counts there, in its first place.
         again = (jnp.arange(keys.size) >= width) & (keys >= corner) & (keys < corner + width)
         reads = (within | self._is_sink(keys[None], start[:, None])) & ~again[None]
-
-        def visible():
-            return mask.at(rows, keys)[0, 0] & reads[None]
+        visible = mask.at(rows, keys)[0, 0] & reads[None]
 
         def slices(x):
             found = jnp.concatenate([lax.dynamic_slice_in_dim(x[0, 0], begin, size) for begin, size in corners])
@@ -122,7 +120,7 @@ class Banded(Cached, register=False):
 
     def _whole_pages(self, pages: Pages, first, last, start) -> Bool[Array, "R P"]:
         """Which pages each query reads as a whole, their ends from its range or its sinks."""
-        begin = jnp.arange(pages.low.shape[0])[None] * PAGE
+        begin = jnp.arange(pages.box.shape[0])[None] * PAGE
         end = begin + PAGE - 1
         within = (begin >= first) & (end <= last)
         return within | ((begin >= start) & (end < start + self.num_sinks()))

@@ -125,7 +125,7 @@ class BlockTopK(Method):
         begun = jnp.broadcast_to(state.chosen, (*inputs.query.shape[:3], state.chosen.shape[3]))
         if inputs.mask.num_queries == 1:
             query = inputs.query[:, :, :, 0]
-            output, chosen = step(self._rule(), query, state.pages, inputs.mask, begun, inputs.soft_cap)
+            output, chosen = step(self._rule(), query, state, inputs.mask, begun, inputs.soft_cap)
             return output[:, :, :, None], chosen
         output, _, _, chosen = self._over_heads(inputs, state.pages, certified=False, begun=begun)
         return output, chosen

@@ -33,11 +33,14 @@ def attend(
     query: Float[Array, "G R H"],
     key: Float[Array, "n H"],
     value: Float[Array, "n E"],
-    visible: Callable[[], Bool[Array, "g R n"]],
+    visible: Bool[Array, "g R n"] | Callable[[], Bool[Array, "g R n"]],
     soft_cap: Float[Array, ""] | None,
     limit: Float[Array, "G R"] | None,
 ) -> Found:
-    """Softmax over the n gathered keys that each row sees; what is `visible` is computed where it is needed.
+    """Softmax over the n gathered keys that each row sees.
+
+    Maximum and weights both use the masked logits, which are made once for both if `visible` is an array, and by each
+    if it is a function: that saves a pass over the logits, and pays where the mask is simple.
 
     The products are of row-major operands with the keys in front, which on a CPU needs no transposed tile; a row of
     ones under the values adds up the weights. Rows whose logits are within `limit` <= CALM take that for their level,
@@ -46,7 +49,7 @@ def attend(
     Cost: 2 G R n (H + E) operations, and G R n logits in memory.
     """
     if query.shape[0] * query.shape[1] <= FEW:
-        return _few(query, key, value, visible, soft_cap)
+        return _few(query, key, value, visible if isinstance(visible, Array) else visible(), soft_cap)
     dtype = query.dtype
     upright = jnp.moveaxis(query, 2, 0)
     if soft_cap is None:  # the unit costs less on the keys than on the logits
@@ -54,8 +57,13 @@ def attend(
     else:
         logits = soft_capped(product("nH,HGR->nGR", key.astype(dtype), upright), soft_cap) * unit(dtype)
 
+    def masked(seen: Bool[Array, "g R n"]):
+        return jnp.where(jnp.moveaxis(seen, 2, 0), logits, -jnp.inf)
+
+    once = masked(visible) if isinstance(visible, Array) else None
+
     def shown():
-        return jnp.where(jnp.moveaxis(visible(), 2, 0), logits, -jnp.inf)
+        return masked(visible()) if not isinstance(visible, Array) else once
 
     level = lax.stop_gradient(_level(shown, limit))
     weights = smooth_power(shown() - level[None])
@@ -70,7 +78,7 @@ def _few(query, key, value, visible, soft_cap) -> Found:
     """`attend` without a copy of keys or values, which costs more than the arithmetic of a few rows."""
     dtype, n = query.dtype, key.shape[0]
     logits = jnp.moveaxis(product("nH,HGR->nGR", key.astype(dtype), jnp.moveaxis(query, 2, 0)), 0, 2)
-    logits = jnp.where(visible(), soft_capped(logits, soft_cap), -jnp.inf)
+    logits = jnp.where(visible, soft_capped(logits, soft_cap), -jnp.inf)
     level = lax.stop_gradient(logits.max(-1))
     level = jnp.where(jnp.isneginf(level), 0, level)
     weights = jnp.exp(logits - level[..., None])
