@@ -14,7 +14,11 @@ from experiments.operand_files import Layer, save
 from experiments.timing import interleaved, ratios
 
 
-@pytest.mark.parametrize("command", [["exact"], ["tiles", "--sizes", "8", "16"], ["fused"]])
+# The second compiles most.
+SMALL = [["exact"], pytest.param(["tiles", "--sizes", "8", "16"], marks=pytest.mark.campaign), ["fused"]]
+
+
+@pytest.mark.parametrize("command", SMALL)
 def test_a_small_benchmark_writes_numbers_and_figures(command, tmp_path, capsys):
     options = "--lengths 16 33 --heads 1 --head-sizes 8 --rounds 2 --directions forward --causal False"
     benchmark.main([*command, *options.split(), "--out", str(tmp_path / "found")])
@@ -65,6 +69,7 @@ def captured(tmp_path):
     return str(path)
 
 
+@pytest.mark.campaign
 def test_certificates_are_measured(tmp_path, captured, capsys):
     options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --tolerances 0.01 --bounds ball"
     command = ["certified", *options.split(), "--operands", captured, "--rounds", "1", "--out", str(tmp_path)]
@@ -148,6 +153,7 @@ def test_a_trainers_speed_is_measured(tmp_path):
         np.testing.assert_allclose(peer["losses"], ours["losses"], rtol=1e-4)
 
 
+@pytest.mark.campaign
 def test_what_probes_cost_is_measured(tmp_path, monkeypatch, capsys):
     model = Model(layers=1, width=16, heads=2, kv_heads=2, mlp_width=16, context=16)
     monkeypatch.setattr(probe_cost, "MODELS", {"small": (model, 8)})

@@ -56,14 +56,8 @@ def test_the_notebook_imports_the_library_only(text):
     assert imported - standard <= {"attention", "flax", "jax", "matplotlib", "numpy", "optax"}
 
 
-# The first trains nine models, and is executed by the campaign and by `make notebooks`.
-EXECUTED = [
-    pytest.param(text, marks=[] if number else [pytest.mark.campaign], id=text.stem)
-    for number, text in enumerate(TEXTS)
-]
-
-
-@pytest.mark.parametrize("text", EXECUTED)
+@pytest.mark.campaign  # minutes, and `make notebooks` does the same
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.stem)
 def test_executing_the_text_gives_the_committed_verdicts(text):
     fresh, kept = notebooks.executed(text), committed(text)
     assert verdicts(kept)

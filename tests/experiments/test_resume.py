@@ -84,6 +84,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tiny, reference, signum, cod
     assert_same_end(run, reference)
 
 
+@pytest.mark.campaign
 def test_redrawn_constants_are_those_of_a_run_that_never_stopped(tiny):
     """Stopped inside a period, after step 11 of periods of 4 that begin at steps 0, 4, 8, ..., 28."""
     fields = {"attention": Performer(features=8, coupling="iid"), "redraw_every": 4}

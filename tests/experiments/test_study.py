@@ -18,7 +18,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
 
 
-@pytest.mark.parametrize("name", study_names())
+# Those that compile most are run by the campaign.
+LONGER = ("length_beta", "temp_crossover")
+SMALL = [pytest.param(x, marks=[pytest.mark.campaign] if x in LONGER else []) for x in study_names()]
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_the_small_form_runs(name, folder):
     arguments = [name, "--smoke", "--folder", str(folder)]
     assert main(arguments) == 0
