@@ -13,7 +13,6 @@ from experiments.linear import crossover
 from experiments.operand_files import Layer, save
 from experiments.timing import interleaved, ratios
 
-
 # The second compiles most.
 SMALL = [["exact"], pytest.param(["tiles", "--sizes", "8", "16"], marks=pytest.mark.campaign), ["fused"]]
 
