@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -24,6 +25,7 @@ from experiments.operand_files import load
 from experiments.timing import interleaved, ratios, spread
 
 LOOKS = dict(zip(REACH, COLOURS, strict=False))
+COLUMNS = 4  # of the figure
 RUN = 256  # keys around a shared centre
 RACES = (("coherent runs", False, 1.0), ("coherent runs", True, 1.0), ("iid", False, 8.0), ("iid", False, 1.0))
 
@@ -199,31 +201,44 @@ def _oracle(query, key, value, exact, pages, size: int, allowed):
 
 
 def figure(results: list[dict[str, Any]]) -> Figure:
-    """Above, the share of keys read at the middle tolerance, over temperature; below, the bound over the error."""
+    """The share of keys read at the middle tolerance over temperature, and below it the bound over the error."""
     tolerances = sorted({x["tolerance"] for x in results if "family" in x})
     middle = tolerances[len(tolerances) // 2]
     families = list(dict.fromkeys(x["family"] for x in results if "family" in x))
-    drawing = Figure(figsize=(3.3 * len(families), 6), layout="constrained")
-    grid = drawing.subplots(2, len(families), sharex=True, sharey="row")
-    for column, family in enumerate(families):
-        those = [x for x in results if x.get("family") == family and x["tolerance"] == middle]
-        for bound in dict.fromkeys(x["bound"] for x in those):
-            cells = [x for x in those if x["bound"] == bound]
-            temperatures, colour = [x["temperature"] for x in cells], LOOKS[bound]
-            grid[0, column].plot(temperatures, [x["read"] for x in cells], color=colour, marker="o", label=bound)
-            fired = [x for x in cells if x["bound_over_error"]]
-            loose = [x["bound_over_error"]["median"] for x in fired]
-            grid[1, column].plot([x["temperature"] for x in fired], loose, color=colour, marker="o")
-            oracle = [x["oracle"] for x in cells]
-        grid[0, column].plot(temperatures, oracle, color="#555555", linestyle="--", label="oracle")
-        grid[0, column].set_title(wrapped(family), fontsize=10)
-        grid[1, column].set_xlabel("temperature")
-        grid[1, column].set_xscale("log", base=2)
-        grid[1, column].set_yscale("log")
-    grid[0, 0].set_ylabel(f"share of keys read, tolerance {middle:g}")
-    grid[1, 0].set_ylabel("bound / error, where it fires (median)")
+    bands = -(-len(families) // COLUMNS)
+    drawing = Figure(figsize=(3.3 * COLUMNS, 5.6 * bands), layout="constrained")
+    grid = drawing.subplots(2 * bands, COLUMNS, sharex=True, sharey="row", squeeze=False)
+    for panel in grid.flat:
+        panel.set_visible(False)
+    for place, family in enumerate(families):
+        row, column = 2 * (place // COLUMNS), place % COLUMNS
+        upper, lower = grid[row, column], grid[row + 1, column]
+        for panel in (upper, lower):
+            panel.set_visible(True)
+            panel.tick_params(labelbottom=True)
+        _family(upper, lower, [x for x in results if x.get("family") == family and x["tolerance"] == middle])
+        upper.set_title(wrapped(family), fontsize=10)
+        if not column:
+            upper.set_ylabel(f"share of keys read, tolerance {middle:g}")
+            lower.set_ylabel("bound / error, where it fires (median)")
     grid[0, 0].legend(frameon=False, fontsize=8)
     return drawing
+
+
+def _family(upper: Axes, lower: Axes, cells: list[dict[str, Any]]) -> None:
+    """The two panels of one kind of inputs."""
+    for bound in dict.fromkeys(x["bound"] for x in cells):
+        those = [x for x in cells if x["bound"] == bound]
+        temperatures = [x["temperature"] for x in those]
+        upper.plot(temperatures, [x["read"] for x in those], color=LOOKS[bound], marker="o", label=bound)
+        fired = [x for x in those if x["bound_over_error"]]
+        loose = [x["bound_over_error"]["median"] for x in fired]
+        lower.plot([x["temperature"] for x in fired], loose, color=LOOKS[bound], marker="o")
+        oracle = [x["oracle"] for x in those]
+    upper.plot(temperatures, oracle, color="#555555", linestyle="--", label="oracle")
+    lower.set_xlabel("temperature")
+    lower.set_xscale("log", base=2)
+    lower.set_yscale("log")
 
 
 def table(results: list[dict[str, Any]]) -> Table:
