@@ -201,10 +201,12 @@ def _oracle(query, key, value, exact, pages, size: int, allowed):
 
 
 def figure(results: list[dict[str, Any]]) -> Figure:
-    """The share of keys read at the middle tolerance over temperature, and below it the bound over the error."""
+    """The share of keys read at the middle tolerance over temperature; below it the bound over the error, where some \
+page was not read (medians)."""
     tolerances = sorted({x["tolerance"] for x in results if "family" in x})
     middle = tolerances[len(tolerances) // 2]
     families = list(dict.fromkeys(x["family"] for x in results if "family" in x))
+    loose = [x["bound_over_error"]["median"] for x in results if x.get("bound_over_error")]
     bands = -(-len(families) // COLUMNS)
     drawing = Figure(figsize=(3.3 * COLUMNS, 5.6 * bands), layout="constrained")
     grid = drawing.subplots(2 * bands, COLUMNS, sharex=True, sharey="row", squeeze=False)
@@ -217,10 +219,11 @@ def figure(results: list[dict[str, Any]]) -> Figure:
             panel.set_visible(True)
             panel.tick_params(labelbottom=True)
         _family(upper, lower, [x for x in results if x.get("family") == family and x["tolerance"] == middle])
-        upper.set_title(wrapped(family), fontsize=10)
+        upper.set(title=wrapped(family), ylim=(-0.05, 1.05))
+        lower.set_ylim(1, 2 * max(loose, default=1e3))
         if not column:
-            upper.set_ylabel(f"share of keys read, tolerance {middle:g}")
-            lower.set_ylabel("bound / error, where it fires (median)")
+            upper.set_ylabel(f"keys read at {middle:g}")
+            lower.set_ylabel("bound / error")
     grid[0, 0].legend(frameon=False, fontsize=8)
     return drawing
 
