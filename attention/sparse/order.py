@@ -81,7 +81,7 @@ def clusters(key: Float[Array, "S H"], keys: Int[Array, ""], most: int) -> Clust
     def add(i, carry):
         chosen, radii, nearest = carry
         j = nearest.argmax()
-        return chosen.at[i].set(j), radii.at[i].set(nearest[j]), jnp.minimum(nearest, apart[j])
+        return chosen.at[i].set(j.astype(chosen.dtype)), radii.at[i].set(nearest[j]), jnp.minimum(nearest, apart[j])
 
     start = jnp.zeros(most + 1, jnp.int32), jnp.zeros(most + 1, key.dtype), jnp.full(len(some), jnp.inf, key.dtype)
     chosen, radii, _ = lax.fori_loop(0, most + 1, add, start)
