@@ -37,7 +37,9 @@ class Certified(Cached):
 
     Where all queries of a head see the same keys, more than about twice (H + 2 choose 2) of them, and the logits are
     small, the head takes them all at once: their moments up to the second for e^{q.k}, and every key for the few rows
-    whose bound is above the tolerance (`attention.sparse.far`). The rows of a head decide on that together.
+    whose bound is above the tolerance (`attention.sparse.far`). The rows of a head decide on that together. Where there
+    are at least 2,048 of each, in clusters and in no order, queries and keys are sorted into coherent tiles and pages
+    (`attention.sparse.order`).
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 

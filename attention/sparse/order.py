@@ -1,9 +1,10 @@
 """The order in which queries and keys make coherent pages and tiles, where every query of a head sees the same keys.
 
-There the order of keys changes no output, and that of queries is undone. Of a sample of the keys each next centre is the
-one farthest from those before it; with r_k the distance of the k-th from them, there are as many clusters as the last k
-with r_k >= 2 r_{k+1}, if there is any. A key belongs to the nearest centre, a query to that of its largest logit. Whole
-pages of a cluster come first and what is left over of all clusters last, so that few pages have keys of two.
+There the order of keys changes no output, and that of queries is undone. Of a sample of the keys each next centre is
+the one farthest from those before it; with r_k the distance of the k-th from them, there are as many clusters as the
+last k with r_k >= 2 r_{k+1}, if there is any. A key belongs to the nearest centre, a query to that of its largest
+logit. Whole pages of a cluster come first and what is left over of all clusters last, so that few pages have keys of
+two. Nothing is sorted where there are no clusters, or where most neighbours are in one cluster as they stand.
 
 References:
     Gonzalez, "Clustering to minimize the maximum intercluster distance", Theoretical Computer Science 38 (1985).
@@ -38,8 +39,8 @@ class Clusters(NamedTuple):
 
 def pays(inputs: Inputs, page: int) -> bool:
     """Whether order changes nothing, and there is enough to sort."""
-    T, S = inputs.mask.num_queries, inputs.mask.num_keys
-    return alike(inputs) and min(T, S) >= LEAST and S >= PAGES * page
+    queries, keys = inputs.mask.num_queries, inputs.mask.num_keys
+    return alike(inputs) and min(queries, keys) >= LEAST and keys >= PAGES * page
 
 
 def ordered(part: Inputs, own: Limits, page: int):
@@ -49,7 +50,8 @@ def ordered(part: Inputs, own: Limits, page: int):
     Nothing of it has a derivative but the values that are moved.
     """
     query, key = (lax.stop_gradient(x).astype(part.query.dtype) for x in (part.query[0, 0], part.key[0, 0]))
-    S, rows, keys = len(key), _length(part.mask.query_lengths, query.shape[1]), _length(part.mask.key_lengths, len(key))
+    S, T = len(key), query.shape[1]
+    rows, keys = _length(part.mask.query_lengths, T), _length(part.mask.key_lengths, S)
     found = clusters(key, keys, min(S // page, MOST))
     apart = 0.5 * (found.centres**2).sum(-1)
     nothing = jnp.zeros_like(apart)
@@ -59,13 +61,13 @@ def ordered(part: Inputs, own: Limits, page: int):
     def moved(part, own):
         by_key = by_pages(jnp.where(jnp.arange(S) < keys, labels(key, found, apart), MOST), page)
         label = labels(query.reshape(-1, query.shape[-1]), found, nothing).reshape(query.shape[:2])
-        by_query = jnp.argsort(jnp.where(jnp.arange(query.shape[1])[None] < rows, label, MOST), axis=1, stable=True)
+        by_query = jnp.argsort(jnp.where(jnp.arange(T)[None] < rows, label, MOST), axis=1, stable=True)
         key_, value = (jnp.take(x, by_key, axis=2, unique_indices=True) for x in (part.key, part.value))
         part = dataclasses.replace(part, query=_moved(part.query[0, 0], by_query)[None, None], key=key_, value=value)
         return part, Limits(*(_moved(x, by_query) for x in own)), jnp.argsort(by_query, axis=1)
 
     def kept(part, own):
-        return part, own, jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
+        return part, own, jnp.broadcast_to(jnp.arange(T), query.shape[:2])
 
     part, own, back = lax.cond(sorts, moved, kept, part, own)
     return part, own, lambda x: lax.cond(sorts, lambda: _moved(x, back), lambda: x)

@@ -51,7 +51,11 @@ def test_error_is_within_its_bound_and_sorting_reads_less(monkeypatch):
     everything = lengths(T, T)
     read = {}
     for shuffled in (False, True):
-        for keys, queries in ((everything, everything), (lengths(T - 5, 131), lengths(T, 77)), (lengths(0, 1), everything)):
+        for keys, queries in (
+            (everything, everything),
+            (lengths(T - 5, 131), lengths(T, 77)),
+            (lengths(0, 1), everything),
+        ):
             case = problem(0, shuffled=shuffled)
             output, certificate = attended(case, keys, queries, METHOD)
             expected, _ = oracle(*case, key_value_seq_lengths=keys, query_seq_lengths=queries)
