@@ -27,7 +27,13 @@ from experiments.timing import interleaved, ratios, spread
 LOOKS = dict(zip(REACH, COLOURS, strict=False))
 COLUMNS = 4  # of the figure
 RUN = 256  # keys around a shared centre
-RACES = (("coherent runs", False, 1.0), ("coherent runs", True, 1.0), ("iid", False, 8.0), ("iid", False, 1.0))
+RACES = (
+    ("coherent runs", False, 1.0),
+    ("coherent runs", True, 1.0),
+    ("shuffled runs", False, 1.0),
+    ("iid", False, 8.0),
+    ("iid", False, 1.0),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +162,20 @@ def coherent(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
     return query.astype(np.float32), key.astype(np.float32), value
 
 
-FAMILIES = {"iid": iid, "clustered pages": clustered, "power law": power_law, "coherent runs": coherent}
+def shuffled(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
+    """The same, with the queries in any order, and the keys with their values in another."""
+    query, key, value = coherent(rng, T, N, H, causal)
+    queries, keys = rng.permutation(T), rng.permutation(T)
+    return query[:, queries], key[:, keys], value[:, keys]
+
+
+FAMILIES = {
+    "iid": iid,
+    "clustered pages": clustered,
+    "power law": power_law,
+    "coherent runs": coherent,
+    "shuffled runs": shuffled,
+}
 
 
 @functools.partial(jax.jit, static_argnames="method")

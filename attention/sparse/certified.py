@@ -14,7 +14,7 @@ from attention.exact import Exact
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
 from attention.rounding import CALM, sees_any
-from attention.sparse import far
+from attention.sparse import far, order
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.plan import Limits, growing_means, limits, plan, visible_pages
@@ -37,7 +37,9 @@ class Certified(Cached):
 
     Where all queries of a head see the same keys, more than about twice (H + 2 choose 2) of them, and the logits are
     small, the head takes them all at once: their moments up to the second for e^{q.k}, and every key for the few rows
-    whose bound is above the tolerance (`attention.sparse.far`). The rows of a head decide on that together.
+    whose bound is above the tolerance (`attention.sparse.far`). The rows of a head decide on that together. Where there
+    are at least 2,048 of each, in clusters and in no order, queries and keys are sorted into coherent tiles and pages
+    (`attention.sparse.order`).
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
@@ -151,11 +153,13 @@ def _by_tiles(inputs: Inputs, method: Certified, tile):
 
     def head(n):
         b, k = n // K, n % K
-        part = inputs.part(b, 1, k, 1)
+        part, own = inputs.part(b, 1, k, 1), Limits(*(x[b, k] for x in bounds))
+        back = _same
+        if method.tolerance and order.pays(inputs, method.page):
+            part, own, back = order.ordered(part, own, method.page)
         key, value = (x[0, 0].astype(dtype) for x in (part.key, part.value))
         pages = moments(key, value, method.page, bound=method.bound)
         across = jnp.concatenate([value.T, jnp.ones((1, value.shape[0]), dtype)])
-        own = Limits(*(x[b, k] for x in bounds))
         one = Head(part, pages, growing_means(key, method.page), across)
 
         def by_pages():
@@ -163,12 +167,18 @@ def _by_tiles(inputs: Inputs, method: Certified, tile):
             return jax.tree.map(_joined, found)
 
         if not (method.tolerance and far.pays(inputs)):
-            return by_pages()
-        return far.attended(one, own, by_pages, tolerance=method.tolerance, defined=tile is _tile_by_definition)
+            found = by_pages()
+        else:
+            found = far.attended(one, own, by_pages, tolerance=method.tolerance, defined=tile is _tile_by_definition)
+        return *(back(x) for x in found[:3]), *found[3:]
 
     output, error, mass, read, seen = lax.map(head, jnp.arange(B * K))
     output, error, mass = (x.reshape(B, K, G, -1, *x.shape[3:])[:, :, :, :T] for x in (output, error, mass))
     return output, error, mass, read.sum() / jnp.maximum(seen.sum(), 1)
+
+
+def _same(x):
+    return x
 
 
 def _joined(x):

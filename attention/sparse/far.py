@@ -54,12 +54,18 @@ class All(NamedTuple):
     shift: Float[Array, ""]
 
 
+def alike(inputs: Inputs) -> bool:
+    """Whether every query of a head that sees any keys sees the same, and all that counts of these is their logits."""
+    mask = inputs.mask
+    regular = mask.dense is None and inputs.bias is None and inputs.soft_cap is None
+    unbanded = not mask.causal and mask.window is None
+    return regular and unbanded and mask.query_segments is None and mask.key_segments is None
+
+
 def pays(inputs: Inputs) -> bool:
     """Whether every query sees the same keys, and these are so many that their monomials are at most half the work."""
-    mask, (H, T) = inputs.mask, (inputs.query.shape[-1], inputs.query.shape[-2])
-    regular = mask.dense is None and inputs.bias is None and inputs.soft_cap is None
-    alike = not mask.causal and mask.window is None and mask.query_segments is None and mask.key_segments is None
-    return regular and alike and T * mask.num_keys >= 2 * math.comb(H + 2, 2) * (T + mask.num_keys)
+    keys, (H, T) = inputs.mask.num_keys, (inputs.query.shape[-1], inputs.query.shape[-2])
+    return alike(inputs) and T * keys >= 2 * math.comb(H + 2, 2) * (T + keys)
 
 
 def attended(head: Head, own: Limits, by_pages: Callable[[], Any], *, tolerance: float, defined: bool):

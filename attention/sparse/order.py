@@ -1,0 +1,132 @@
+"""The order in which queries and keys make coherent pages and tiles, where every query of a head sees the same keys.
+
+There the order of keys changes no output, and that of queries is undone. Of a sample of the keys each next centre is
+the one farthest from those before it; with r_k the distance of the k-th from them, there are as many clusters as the
+last k with r_k >= 2 r_{k+1}, if there is any. A key belongs to the nearest centre, a query to that of its largest
+logit. Whole pages of a cluster come first and what is left over of all clusters last, so that few pages have keys of
+two. Nothing is sorted where there are no clusters, or where most neighbours are in one cluster as they stand.
+
+References:
+    Gonzalez, "Clustering to minimize the maximum intercluster distance", Theoretical Computer Science 38 (1985).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from attention.inputs import Inputs
+from attention.rounding import product, roundoff
+from attention.sparse.far import alike
+from attention.sparse.plan import Limits
+
+LEAST = 2048  # queries, and keys, below which nothing is sorted
+PAGES = 8  # of keys, likewise
+MOST = 128  # centres
+SAMPLE = 8  # keys looked at for each centre: a cluster as large as a page is missed with odds of e^-8
+FALL = 2.0  # of the distances, from between clusters to within them
+AGREE = 0.5  # the share of neighbours in one cluster from which on the given order is left
+
+
+class Clusters(NamedTuple):
+    """Keys in the middle of the others; those from `count` on are none, and 0 says that there are no clusters."""
+
+    centres: Float[Array, "K H"]
+    count: Int[Array, ""]
+
+
+def pays(inputs: Inputs, page: int) -> bool:
+    """Whether order changes nothing, and there is enough to sort."""
+    queries, keys = inputs.mask.num_queries, inputs.mask.num_keys
+    return alike(inputs) and min(queries, keys) >= LEAST and keys >= PAGES * page
+
+
+def ordered(part: Inputs, own: Limits, page: int):
+    """The operands and limits of one key head, sorted if they are in clusters and in no order, and what undoes it.
+
+    Cost: K = min(S / page, 128) centres of 8 K keys, 2 (8 K)^2 H operations; if it sorts, 2 (T + S) K H and sorts.
+    Nothing of it has a derivative but the values that are moved.
+    """
+    query, key = (lax.stop_gradient(x).astype(part.query.dtype) for x in (part.query[0, 0], part.key[0, 0]))
+    S, T = len(key), query.shape[1]
+    rows, keys = _length(part.mask.query_lengths, T), _length(part.mask.key_lengths, S)
+    found = clusters(key, keys, min(S // page, MOST))
+    apart = 0.5 * (found.centres**2).sum(-1)
+    nothing = jnp.zeros_like(apart)
+    near = _neighbours(key, keys, found, apart, page) & _neighbours(query[0], rows, found, nothing, page)
+    sorts = (found.count > 1) & ~near
+
+    def moved(part, own):
+        by_key = by_pages(jnp.where(jnp.arange(S) < keys, labels(key, found, apart), MOST), page)
+        label = labels(query.reshape(-1, query.shape[-1]), found, nothing).reshape(query.shape[:2])
+        by_query = jnp.argsort(jnp.where(jnp.arange(T)[None] < rows, label, MOST), axis=1, stable=True)
+        key_, value = (jnp.take(x, by_key, axis=2, unique_indices=True) for x in (part.key, part.value))
+        part = dataclasses.replace(part, query=_moved(part.query[0, 0], by_query)[None, None], key=key_, value=value)
+        return part, Limits(*(_moved(x, by_query) for x in own)), jnp.argsort(by_query, axis=1)
+
+    def kept(part, own):
+        return part, own, jnp.broadcast_to(jnp.arange(T), query.shape[:2])
+
+    part, own, back = lax.cond(sorts, moved, kept, part, own)
+    return part, own, lambda x: lax.cond(sorts, lambda: _moved(x, back), lambda: x)
+
+
+def clusters(key: Float[Array, "S H"], keys: Int[Array, ""], most: int) -> Clusters:
+    """The clusters of the first `keys` keys, `most` at most."""
+    some = key[_spaced(keys, SAMPLE * most)]
+    centred = some - some.mean(0)[None]
+    square = (centred**2).sum(-1)
+    apart = square[:, None] + square[None] - 2 * product("SH,RH->SR", centred, centred)
+
+    def add(i, carry):
+        chosen, radii, nearest = carry
+        j = nearest.argmax()
+        return chosen.at[i].set(j.astype(chosen.dtype)), radii.at[i].set(nearest[j]), jnp.minimum(nearest, apart[j])
+
+    start = jnp.zeros(most + 1, jnp.int32), jnp.zeros(most + 1, key.dtype), jnp.full(len(some), jnp.inf, key.dtype)
+    chosen, radii, _ = lax.fori_loop(0, most + 1, add, start)
+    # Equal keys are apart by what rounding makes of their distance.
+    radii = jnp.maximum(radii, 8 * key.shape[1] * roundoff(key.dtype) * square.max())
+    falls = radii[1:-1] >= FALL**2 * radii[2:]
+    return Clusters(some[chosen[:-1]], jnp.where(falls, jnp.arange(2, most + 1), 0).max())
+
+
+def labels(x: Float[Array, "N H"], found: Clusters, apart: Float[Array, " K"]) -> Int[Array, " N"]:
+    """The centre with the largest x.c less its `apart`: with |c|^2 / 2, the nearest."""
+    index = jnp.arange(len(apart))[:, None]
+    scores = product("KH,NH->KN", found.centres, x) - apart[:, None]
+    scores = jnp.where(index < found.count, scores, -jnp.inf)
+    return jnp.where(scores >= scores.max(0)[None], index, 0).max(0)  # an argmax that runs along vector units
+
+
+def by_pages(label: Int[Array, " S"], page: int) -> Int[Array, " S"]:
+    """The order of whole pages of each cluster, what is left over of clusters, and those of label `MOST`."""
+    order = jnp.argsort(label, stable=True)
+    label = label[order]
+    starts = jnp.searchsorted(label, jnp.arange(MOST + 2))
+    size, rank = jnp.diff(starts)[label], jnp.arange(len(label)) - starts[label]
+    last = jnp.where(label < MOST, rank >= size - size % page, 2)
+    return order[jnp.argsort(last, stable=True)]
+
+
+def _neighbours(x: Float[Array, "N H"], count, found: Clusters, apart, page: int) -> Bool[Array, ""]:
+    """Whether those half a page from each other tend to be in one cluster."""
+    at = _spaced(count - page // 2, 2 * len(apart))
+    both = labels(jnp.concatenate([x[at], x[at + page // 2]]), found, apart)
+    return jnp.mean(both[: len(at)] == both[len(at) :]) >= AGREE
+
+
+def _spaced(count, some: int) -> Int[Array, " some"]:
+    """Indices below `count`, evenly spaced, without products that overflow; zeros if there are none."""
+    count, i = jnp.maximum(count, 0), jnp.arange(some)
+    return i * (count // some) + i * (count % some) // some
+
+
+def _length(lengths, size: int):
+    return jnp.asarray(size) if lengths is None else jnp.broadcast_to(lengths, (1,))[0]
+
+
+def _moved(x: Float[Array, "G T *E"], order: Int[Array, "G T"]) -> Float[Array, "G T *E"]:
+    return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
