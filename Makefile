@@ -12,7 +12,7 @@ test: $(READY)  ## the test suite, on two processes
 	$(BIN)/python -m pytest -n 2
 
 campaign: $(READY)  ## the long forms of the tests
-	$(BIN)/python -m pytest -n 2 -m campaign
+	XLA_FLAGS= $(BIN)/python -m pytest -n 2 -m campaign
 
 lint: $(READY)  ## style, format and types
 	$(BIN)/ruff check .
