@@ -24,6 +24,13 @@ class KeyValueCache:
     value: Float[Array, "B L K E"]
     length: Int[Array, ""]
 
+    @classmethod
+    def empty(cls, batch: int, num_kv_heads: int, head_dim: int, max_length: int, dtype: Any) -> "KeyValueCache":
+        """Room for `max_length` tokens, of which none is there."""
+        # Two arrays, since one buffer cannot be donated twice.
+        key, value = (jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype) for _ in range(2))
+        return cls(key=key, value=value, length=jnp.zeros((), jnp.int32))
+
     @property
     def max_length(self) -> int:
         return self.key.shape[1]
@@ -81,9 +88,7 @@ class Cached(Method, register=False):
         num_heads: int | None = None,
     ) -> KeyValueCache:
         del num_heads
-        # Two arrays, since one buffer cannot be donated twice.
-        key, value = (jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype) for _ in range(2))
-        return KeyValueCache(key=key, value=value, length=jnp.zeros((), jnp.int32))
+        return KeyValueCache.empty(batch, num_kv_heads, head_dim, max_length, dtype)
 
     def extend(
         self,

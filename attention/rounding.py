@@ -73,7 +73,7 @@ def logit_rounding(inputs: Inputs) -> Float[Array, "B K G T"]:
     """
     u, H, dtype = roundoff(inputs.query.dtype), inputs.query.shape[-1], inputs.query.dtype
     score = _score_bound(inputs)
-    error = _gamma(H * product_roundoff(dtype) + 5 * u) * score + 2 * u * _logit_bound(inputs)
+    error = gamma(H * product_roundoff(dtype) + 5 * u) * score + 2 * u * _logit_bound(inputs)
     if inputs.soft_cap is not None:
         error += 10 * u * jnp.minimum(score, inputs.soft_cap)
     if inputs.bias is not None:
@@ -154,7 +154,7 @@ def _sums(inputs: Inputs, exponent, rescalings: int, depth: int | None) -> Float
     n = _keys_in_range(inputs.mask, dtype)
     chain = n if depth is None else jnp.minimum(n, depth)
     factors = exponent + 6 * (jnp.minimum(n, rescalings) + 1)
-    return _gamma(chain * product_roundoff(dtype) + factors * roundoff(dtype))
+    return gamma(chain * product_roundoff(dtype) + factors * roundoff(dtype))
 
 
 def _keys_in_range(mask: Mask, dtype) -> Float[Array, "b 1 1 T"]:
@@ -175,6 +175,6 @@ def _logit_bound(inputs: Inputs) -> Float[Array, "B K G T"]:
     return size + jnp.where(jnp.isneginf(inputs.bias), 0, jnp.abs(inputs.bias).astype(size.dtype)).max(-1)
 
 
-def _gamma(x):
+def gamma(x):
     """X / (1 - x), which bounds the product of factors 1 + d whose |d| add up to x; infinite from x = 1."""
     return jnp.where(x < 1, x / jnp.where(x < 1, 1 - x, 1), jnp.inf)

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 from attention.inputs import Inputs
 from attention.linear.chunks import chunks, flat, joined, split
 from attention.linear.engine import FeatureMap, over_rows, seen
-from attention.linear.moments import around_mean, gamma, output_rounding
+from attention.linear.moments import around_mean, output_rounding
 from attention.linear.state import LinearState, absorb
 from attention.linear.temperature import halves
 from attention.linear.tokens import Tokens
-from attention.rounding import max_over_visible, norms, product_roundoff, roundoff, sees_any
+from attention.rounding import gamma, max_over_visible, norms, product_roundoff, roundoff, sees_any
 
 
 def trigonometric_bound(

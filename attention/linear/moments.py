@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from attention.inputs import Inputs
 from attention.masks import Mask
-from attention.rounding import max_over_visible, norms, product_roundoff, roundoff, sees_any
+from attention.rounding import gamma, max_over_visible, norms, product_roundoff, roundoff, sees_any
 
 
 class Spread(NamedTuple):
@@ -184,8 +184,3 @@ def output_rounding(inputs: Inputs, output) -> Float[Array, "B K G T"]:
 def _slack(H: int, dtype) -> float:
     """Norms, differences and sums of H entries are rounded by a smaller factor than one more than this."""
     return (H + 8) * float(jnp.finfo(dtype).eps)
-
-
-def gamma(x):
-    """X / (1 - x), which bounds the product of factors 1 + d whose |d| add up to x; infinite from x = 1."""
-    return jnp.where(x < 1, x / jnp.where(x < 1, 1 - x, 1), jnp.inf)

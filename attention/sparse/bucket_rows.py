@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.exact import softmax
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import Mask
+from attention.rounding import product
 from attention.sparse.bounds import tail_share
 from attention.sparse.buckets import Asked, Table, asked, found, latest, listed
 
@@ -47,9 +47,9 @@ def attended(rule: Rule, part: Inputs, rows: Int[Array, " C"], codes: Int[Array,
     visible = jax.vmap(lambda i, at: part.mask.at(i[None], at)[0, 0, 0, 0])(rows, read.keys) & read.exists
     query = part.query[0, 0, 0][rows]
     key, value = (jnp.take(x[0, 0], read.keys, axis=0).astype(query.dtype) for x in (part.key, part.value))
-    logits = soft_capped(jnp.einsum("ch,cnh->cn", query, key, precision=lax.Precision.HIGHEST), part.soft_cap)
+    logits = soft_capped(product("ch,cnh->cn", query, key), part.soft_cap)
     weights = softmax(jnp.where(visible, logits, -jnp.inf))
-    return jnp.einsum("cn,cne->ce", weights, value, precision=lax.Precision.HIGHEST)
+    return product("cn,cne->ce", weights, value)
 
 
 def _listed(rule: Rule, part: Inputs, rows, codes, own: Table) -> _Read:
@@ -82,7 +82,7 @@ def dropped(rule: Rule, part: Inputs, rows, codes, own: Table) -> tuple[Float[Ar
     """The share of the keys that were not read, and whether any was, by the definition of A and all logits."""
     mask, every = part.mask, jnp.arange(part.mask.num_keys)
     query, key = part.query[0, 0, 0][rows], part.key[0, 0].astype(part.query.dtype)
-    logits = soft_capped(jnp.einsum("ch,sh->cs", query, key, precision=lax.Precision.HIGHEST), part.soft_cap)
+    logits = soft_capped(product("ch,sh->cs", query, key), part.soft_cap)
     logits = jnp.where(mask.at(rows, every)[0, 0, 0], logits, -jnp.inf)
     kept = found(_asked(rule, part, rows, codes, own), own.code[None], own.place[None], *_reach(rule, mask)).any(-1)
     kept |= _beside(rule, _positions(mask, rows)[:, None], every[None])

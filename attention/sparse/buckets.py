@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from attention.rounding import norms
+from attention.rounding import norms, product
 
 HIDDEN = -1  # the bucket of keys that do not exist
 
@@ -29,7 +29,7 @@ def key_codes(key: Float[Array, "*B H"], directions: Float[Array, "R b X"], radi
 
 def _codes(x: Float[Array, "*B H"], last: Float[Array, "*B 1"], directions: Float[Array, "R b X"]):
     x, directions = (lax.stop_gradient(y) for y in (jnp.concatenate([x, last], axis=-1), directions))
-    signs = jnp.einsum("...h,rbh->...rb", x, directions.astype(x.dtype), precision=lax.Precision.HIGHEST) >= 0
+    signs = product("...h,rbh->...rb", x, directions.astype(x.dtype)) >= 0
     weights = (2 ** jnp.arange(signs.shape[-1], dtype=jnp.int32)).astype(jnp.int32)
     return jnp.where(signs, jnp.broadcast_to(weights, signs.shape), 0).sum(-1, dtype=jnp.int32)
 

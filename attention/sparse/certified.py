@@ -166,10 +166,10 @@ def _by_tiles(inputs: Inputs, method: Certified, tile):
             found = lax.map(jax.checkpoint(lambda i: tile(one, own, method, i * rows, rows)), jnp.arange(tiles))
             return jax.tree.map(_joined, found)
 
-        if not (method.tolerance and far.pays(inputs)):
-            found = by_pages()
-        else:
+        if method.tolerance and far.pays(inputs):
             found = far.attended(one, own, by_pages, tolerance=method.tolerance, defined=tile is _tile_by_definition)
+        else:
+            found = by_pages()
         return *(back(x) for x in found[:3]), *found[3:]
 
     output, error, mass, read, seen = lax.map(head, jnp.arange(B * K))

@@ -134,10 +134,7 @@ class Hashed(Method):
     ) -> HashedCache:
         del num_heads
         code = jnp.full((batch, max_length, num_kv_heads, self.rounds), HIDDEN, jnp.int32)
-        # Two arrays, since one buffer cannot be donated twice.
-        key, value = (jnp.zeros((batch, max_length, num_kv_heads, head_dim), dtype) for _ in range(2))
-        cache = KeyValueCache(key=key, value=value, length=jnp.zeros((), jnp.int32))
-        return HashedCache(cache=cache, code=code)
+        return HashedCache(cache=KeyValueCache.empty(batch, num_kv_heads, head_dim, max_length, dtype), code=code)
 
     def extend(self, state: HashedCache, query, key, value, **options: Any) -> tuple[HashedCache, Array]:
         """As `Method.extend`. `params` and `rng` must be those of the earlier calls: the state holds buckets."""

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.inputs import Inputs
-from attention.rounding import norms, product_roundoff, roundoff
+from attention.rounding import norms, product, product_roundoff, roundoff
 from attention.sparse.bounds import value_reach
 from attention.sparse.deviations import Sample, sampled_bound
 from attention.sparse.moments import outward
@@ -68,14 +68,11 @@ def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits) -> tuple[Sam
     unit = jnp.where(radius > 0, radius, 1)
     distance = norms(found.value[-m:] - centre[None]) / unit
 
-    length, product = (
-        outward(dtype, H) * norms(query),
-        jnp.einsum("GRH,H->GR", query, first, precision=lax.Precision.HIGHEST),
-    )
-    near = product + length * (upto(own.key_spread, last) + (2 * H + 8) * product_roundoff(dtype) * norms(first))
+    length, along = outward(dtype, H) * norms(query), product("GRH,H->GR", query, first)
+    near = along + length * (upto(own.key_spread, last) + (2 * H + 8) * product_roundoff(dtype) * norms(first))
     reach = jnp.minimum(length * upto(own.key, last), near)
     reach = reach if part.soft_cap is None else jnp.minimum(reach, part.soft_cap)
-    slack = 8 * roundoff(dtype) * (jnp.abs(reach) + jnp.abs(found.level) + jnp.abs(product))
+    slack = 8 * roundoff(dtype) * (jnp.abs(reach) + jnp.abs(found.level) + jnp.abs(along))
     weights, vanished = found.weights[..., -m:], float(jnp.finfo(dtype).tiny) ** 0.5
     mean = weights.mean(-1)
     return Sample(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import Mask
+from attention.rounding import product
 
 
 class Rule(NamedTuple):
@@ -115,7 +116,7 @@ def weighted(part: Inputs, tile: Tile) -> Weighted:
     key, value = (jnp.take(x[0, 0], tile.keys, axis=0).astype(dtype) for x in (part.key, part.value))
     key, value = (jnp.where(there[:, None], x, 0) for x in (key, value))
     visible = mask.at(tile.at, tile.keys)[0, 0] & there[None, None]
-    logits = soft_capped(_product("GRH,nH->GRn", part.query[0, 0][:, tile.at], key), part.soft_cap)
+    logits = soft_capped(product("GRH,nH->GRn", part.query[0, 0][:, tile.at], key), part.soft_cap)
     logits = jnp.where(visible, logits, -jnp.inf)
     level = lax.stop_gradient(logits.max(-1))
     level = jnp.where(jnp.isneginf(level), 0, level)
@@ -123,9 +124,5 @@ def weighted(part: Inputs, tile: Tile) -> Weighted:
     multiple = jnp.where(jnp.arange(tile.keys.size) < tile.keys.size - tile.sampled, 1, tile.weight)
     scaled = weights * multiple[None, None]
     total = scaled.sum(-1)
-    output = _product("GRn,nE->GRE", scaled, value) / jnp.where(total > 0, total, 1)[..., None]
+    output = product("GRn,nE->GRE", scaled, value) / jnp.where(total > 0, total, 1)[..., None]
     return Weighted(output, total, weights, level, value)
-
-
-def _product(subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)
