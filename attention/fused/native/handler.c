@@ -1,0 +1,55 @@
+/* What XLA calls: buffers into a problem, and what the handlers are. */
+#include <string.h>
+
+#include "forward.h"
+
+enum { QUERY, KEY, VALUE, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
+
+static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *message) {
+  XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, 0, message,
+                                    XLA_FFI_Error_Code_INVALID_ARGUMENT};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int n) { return frame->args.args[n]; }
+static void *result(const XLA_FFI_CallFrame *frame, int n) { return ((XLA_FFI_Buffer *)frame->rets.rets[n])->data; }
+
+/* XLA asks for the version of the interface before it calls. */
+static int told_version(const XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Extension_Base *extension = frame->extension_start;
+  if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
+  XLA_FFI_Metadata *metadata = ((const XLA_FFI_Metadata_Extension *)extension)->metadata;
+  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  return 1;
+}
+
+/* Axes before the last ones are batches. */
+static problem described(const XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Buffer *query = argument(frame, QUERY), *key = argument(frame, KEY), *value = argument(frame, VALUE);
+  const int64_t *q = query->dims + query->rank - 3, *k = key->dims + key->rank - 3;
+  problem p = {.B = 1, .T = q[0], .S = k[0], .K = k[1], .G = q[1] / k[1], .H = q[2],
+               .E = value->dims[value->rank - 1]};
+  for (const int64_t *dim = query->dims; dim < q; dim++) p.B *= *dim;
+  p.query = query->data, p.key = key->data, p.value = value->data;
+  p.first = argument(frame, FIRST)->data, p.last = argument(frame, LAST)->data;
+  const XLA_FFI_Buffer *segments = argument(frame, QUERY_SEGMENTS);
+  if (segments->dims[segments->rank - 1] > 0) {
+    p.query_segments = segments->data;
+    p.key_segments = argument(frame, KEY_SEGMENTS)->data;
+  }
+  return p;
+}
+
+static XLA_FFI_Error *attended(XLA_FFI_CallFrame *frame, void (*attend)(const problem *, const threads *)) {
+  if (told_version(frame)) return 0;
+  if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 2) return refused(frame, "7 operands and 2 results");
+  problem p = described(frame);
+  p.output = result(frame, 0), p.level = result(frame, 1);
+  attend(&p, &(threads){frame->api, frame->ctx});
+  return 0;
+}
+
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_forward(XLA_FFI_CallFrame *frame) {
+  return attended(frame, forward);
+}

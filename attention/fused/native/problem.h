@@ -1,0 +1,35 @@
+/* One call: operands in the caller's layout, contiguous, and what each query sees. */
+#ifndef PROBLEM_H
+#define PROBLEM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* query, output: B T N H and B T N E; key, value: B S K H and B S K E; N = K G, head n = k G + g.
+ * Query t sees keys first[b T + t] to last[b T + t], and of these only those with its segment, unless there are none.
+ * level: B N T, the log of the sum of exponentials; -inf where no key is seen.
+ */
+typedef struct {
+  int64_t B, T, S, K, G, H, E;
+  const float *query, *key, *value;
+  const int32_t *first, *last, *query_segments, *key_segments;
+  float *output, *level;
+  const float *d_output, *d_level; /* the cotangents, in a backward pass */
+  float *d_query, *d_key, *d_value, *partial;
+  int64_t parts;
+} problem;
+
+INLINE int64_t at_query(const problem *p, int64_t b, int64_t t, int64_t k, int64_t g, int64_t size) {
+  return (((b * p->T + t) * p->K + k) * p->G + g) * size;
+}
+INLINE int64_t at_key(const problem *p, int64_t b, int64_t s, int64_t k, int64_t size) {
+  return ((b * p->S + s) * p->K + k) * size;
+}
+INLINE int64_t at_level(const problem *p, int64_t b, int64_t k, int64_t g, int64_t t) {
+  return ((b * p->K + k) * p->G + g) * p->T + t;
+}
+INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
+INLINE int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+#endif

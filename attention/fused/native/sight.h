@@ -1,0 +1,74 @@
+/* What the queries of a panel see: of all keys, and of a tile of them. */
+#ifndef SIGHT_H
+#define SIGHT_H
+
+#include "problem.h"
+#include "product.h"
+
+#ifndef KEYS
+#error "KEYS, the keys of a tile, is set by build.py"
+#endif
+
+typedef struct {
+  int32_t first[PANEL], last[PANEL], segment[PANEL]; /* of each query; queries beyond the last repeat it */
+  int64_t begin, end;                                /* the keys that any query sees lie in [begin, end) */
+  int64_t shared_begin, shared_end;                  /* those that every query sees, but for segments */
+  int32_t least_segment, most_segment;
+} sight;
+
+/* What is read of the tile of keys from `start` on, in whole rows of a block. */
+typedef struct {
+  int begin, end, masked;
+} stretch;
+
+INLINE sight sight_of(const problem *p, int64_t b, int64_t start) {
+  sight s = {.begin = p->S, .shared_end = p->S, .least_segment = INT32_MAX, .most_segment = INT32_MIN};
+  for (int i = 0; i < PANEL; i++) {
+    int64_t at = b * p->T + least(start + i, p->T - 1);
+    int32_t first = s.first[i] = p->first[at], last = s.last[i] = p->last[at];
+    s.shared_begin = most(s.shared_begin, first);
+    s.shared_end = least(s.shared_end, (int64_t)last + 1);
+    if (first > last) continue;
+    s.begin = least(s.begin, first);
+    s.end = most(s.end, (int64_t)last + 1);
+    if (!p->query_segments) continue;
+    s.segment[i] = p->query_segments[at];
+    s.least_segment = least(s.least_segment, s.segment[i]);
+    s.most_segment = most(s.most_segment, s.segment[i]);
+  }
+  return s;
+}
+
+/* The least and the most of the segments of a tile of keys. */
+INLINE void segment_range(const problem *p, int64_t b, int64_t start, int32_t range[2]) {
+  range[0] = INT32_MAX, range[1] = INT32_MIN;
+  if (!p->key_segments) return;
+  for (int64_t s = start; s < least(start + KEYS, p->S); s++) {
+    int32_t segment = p->key_segments[b * p->S + s];
+    range[0] = least(range[0], segment), range[1] = most(range[1], segment);
+  }
+}
+
+INLINE stretch stretch_of(const problem *p, const sight *s, int64_t start, const int32_t range[2]) {
+  int64_t begin = most(s->begin - start, 0) / ROWS * ROWS, end = least(s->end - start, KEYS);
+  int segments = p->key_segments && !(s->least_segment == s->most_segment && range[0] == range[1]);
+  if (p->key_segments && (range[1] < s->least_segment || s->most_segment < range[0])) end = 0;
+  int masked = segments || start + begin < s->shared_begin || start + up_to(end, ROWS) > s->shared_end;
+  return (stretch){(int)begin, (int)up_to(end, ROWS), masked};
+}
+
+/* -inf in place of the logits of keys from `key` on that a query does not see. */
+INLINE void hide(const problem *p, const sight *s, int64_t b, int64_t key, vec logits[ROWS][COLUMNS]) {
+  for (int j = 0; j < COLUMNS; j++) {
+    ivec first = load_integers(s->first + j * LANES), last = load_integers(s->last + j * LANES);
+    ivec segment = load_integers(s->segment + j * LANES);
+    for (int i = 0; i < ROWS; i++) {
+      int32_t here = (int32_t)key + i;
+      ivec seen = (first <= here) & (last >= here);
+      if (p->key_segments) seen &= segment == p->key_segments[b * p->S + least(here, p->S - 1)];
+      logits[i][j] = pick(seen, logits[i][j], fill(-INFINITY));
+    }
+  }
+}
+
+#endif

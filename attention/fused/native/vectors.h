@@ -1,0 +1,75 @@
+/* Vectors of float32 as wide as the target's registers, and 2^x on them. */
+#ifndef VECTORS_H
+#define VECTORS_H
+
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__AVX512F__) || defined(__AVX__) || defined(__SSE__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define BYTES (4 * LANES)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(BYTES)));
+typedef int32_t ivec __attribute__((vector_size(BYTES)));
+typedef float loose_vec __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef int32_t loose_ivec __attribute__((vector_size(BYTES), aligned(4), may_alias));
+
+INLINE vec load(const float *from) { return *(const loose_vec *)from; }
+INLINE void store(float *to, vec x) { *(loose_vec *)to = x; }
+INLINE ivec load_integers(const int32_t *from) { return *(const loose_ivec *)from; }
+INLINE vec fill(float x) { return x - (vec){0}; }
+
+/* x where the mask is all ones, y where it is 0. */
+INLINE vec pick(ivec mask, vec x, vec y) { return (vec)((mask & (ivec)x) | (~mask & (ivec)y)); }
+
+/* The larger number, and y where either is NaN. */
+INLINE vec larger(vec x, vec y) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)x, (__m512)y);
+#elif defined(__AVX__)
+  return (vec)_mm256_max_ps((__m256)x, (__m256)y);
+#elif defined(__SSE__)
+  return (vec)_mm_max_ps((__m128)x, (__m128)y);
+#else
+  return pick(x > y, x, y);
+#endif
+}
+
+INLINE float sum(vec x) {
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += x[i];
+  return total;
+}
+
+/* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
+ *
+ * 2^y = 2^n 2^f with n the nearest integer, to which a sum with 1.5 2^23 rounds. POWER are the coefficients of a
+ * polynomial for 2^f on |f| <= 1/2; build.py computes them and bounds its remainder by 0.1 u. Horner's scheme adds 2 u,
+ * as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact down to 2^-126, and 0 from
+ * y = -127 on, so that what underflows loses at most 2^-126.
+ */
+INLINE vec power(vec y) {
+  static const float coefficients[] = {POWER};
+  const int degree = sizeof coefficients / sizeof *coefficients - 1;
+  const vec rounds = fill(12582912.0f);
+  y = larger(fill(-127.0f), y);
+  vec n = (y + rounds) - rounds, f = y - n, total = fill(coefficients[degree]);
+#pragma GCC unroll 8
+  for (int i = degree - 1; i >= 0; i--) total = total * f + coefficients[i];
+  return (vec)((ivec)total + (__builtin_convertvector(n, ivec) << 23));
+}
+
+#endif
