@@ -9,9 +9,6 @@
 #include "pool.h"
 #include "sight.h"
 
-#define LOG2E 1.44269504088896340736f
-#define LN2 0.69314718055994530942f
-
 typedef struct {
   float *keys, *values, *weights, *queries, *outputs, *tops, *sums;
   sight *sights;
@@ -104,11 +101,11 @@ static void item(const void *context, int64_t n) {
   memset(r.outputs, 0, panels * PANEL * width * sizeof(float));
   for (int64_t i = 0; i < panels * PANEL; i++) r.tops[i] = -INFINITY, r.sums[i] = 0;
   for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
-    int64_t count = least(KEYS, p->S - start);
+    int64_t first = most(start, begin), count = least(end, start + KEYS) - first;
     int32_t range[2];
     segment_range(p, b, start, range);
-    pack_rows(r.keys, p->H, up_to(count, ROWS), p->key + at_key(p, b, start, k, p->H), p->K * p->H, count, p->H);
-    pack_rows(r.values, width, up_to(count, ROWS), p->value + at_key(p, b, start, k, p->E), p->K * p->E, count, p->E);
+    pack_tile(r.keys, p->H, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
+    pack_tile(r.values, width, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
     for (int64_t i = 0; i < panels; i++) {
       stretch keys = stretch_of(p, r.sights + i, start, range);
       if (keys.begin < keys.end) step(p, &r, i, b, start, keys);

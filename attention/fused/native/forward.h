@@ -1,9 +1,8 @@
+/* The three kernels. */
 #ifndef FORWARD_H
 #define FORWARD_H
 
 #include "pool.h"
-#include "vectors.h"
-
 #include "problem.h"
 
 void forward(const problem *p, const threads *pool);

@@ -41,6 +41,7 @@ static problem described(const XLA_FFI_CallFrame *frame) {
   return p;
 }
 
+/* The pass forward, of many queries or of few. */
 static XLA_FFI_Error *attended(XLA_FFI_CallFrame *frame, void (*attend)(const problem *, const threads *)) {
   if (told_version(frame)) return 0;
   if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 2) return refused(frame, "7 operands and 2 results");
@@ -52,4 +53,17 @@ static XLA_FFI_Error *attended(XLA_FFI_CallFrame *frame, void (*attend)(const pr
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_forward(XLA_FFI_CallFrame *frame) {
   return attended(frame, forward);
+}
+
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_backward(XLA_FFI_CallFrame *frame) {
+  if (told_version(frame)) return 0;
+  if (frame->args.size != D_LEVEL + 1 || frame->rets.size != 4) return refused(frame, "11 operands and 4 results");
+  problem p = described(frame);
+  p.output = argument(frame, OUTPUT)->data, p.level = argument(frame, LEVEL)->data;
+  p.d_output = argument(frame, D_OUTPUT)->data, p.d_level = argument(frame, D_LEVEL)->data;
+  p.d_query = result(frame, 0), p.d_key = result(frame, 1), p.d_value = result(frame, 2);
+  const XLA_FFI_Buffer *partial = frame->rets.rets[3];
+  p.partial = partial->data, p.parts = partial->dims[partial->rank - 3];
+  backward(&p, &(threads){frame->api, frame->ctx});
+  return 0;
 }

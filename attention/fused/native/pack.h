@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#include "product.h"
+#include "sight.h"
 
 /* `rows` rows of `size` numbers, `stride` apart, one behind the other with zeros up to `width`; zeros up to `all`. */
 INLINE void pack_rows(float *to, int64_t width, int64_t all, const float *from, int64_t stride, int64_t rows,
@@ -14,6 +14,18 @@ INLINE void pack_rows(float *to, int64_t width, int64_t all, const float *from, 
     memset(to + r * width + size, 0, (width - size) * sizeof(float));
   }
   if (rows < all) memset(to + rows * width, 0, (all - rows) * width * sizeof(float));
+}
+
+/* A tile of keys or values of which rows [first, first + count) are read, and all others in [0, KEYS) are zero. */
+INLINE void pack_tile(float *to, int64_t width, const float *from, int64_t stride, int64_t first, int64_t count,
+                      int64_t size) {
+  memset(to, 0, first * width * sizeof(float));
+  pack_rows(to + first * width, width, KEYS - first, from, stride, count, size);
+}
+
+/* to[:count] += from[:count]; count is a multiple of LANES. */
+INLINE void add(float *to, const float *from, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(from + i));
 }
 
 /* A panel upright: `size` rows of PANEL numbers, one of each of the `rows` rows, times `factor`; zeros for the rest. */

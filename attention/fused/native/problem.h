@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "vectors.h"
+
 /* query, output: B T N H and B T N E; key, value: B S K H and B S K E; N = K G, head n = k G + g.
  * Query t sees keys first[b T + t] to last[b T + t], and of these only those with its segment, unless there are none.
  * level: B N T, the log of the sum of exponentials; -inf where no key is seen.

@@ -19,6 +19,8 @@
 #define LANES 4
 #endif
 
+#define LOG2E 1.44269504088896340736f
+#define LN2 0.69314718055994530942f
 #define BYTES (4 * LANES)
 #define INLINE static inline __attribute__((always_inline))
 

@@ -1,0 +1,1 @@
+"""Softmax attention in C, called through XLA's foreign function interface."""

@@ -1,0 +1,161 @@
+/* The cotangents of query, key and value, for a block of queries at a time.
+ *
+ * With P = e^(logits - level), c = d level - rowsum(dO O) and dS = P (dO V^T + c):
+ *
+ *     dV = P^T dO,    dK = dS^T Q,    dQ = dS K.
+ *
+ * P and dS stand upright, keys by queries, so that all five products have one form. Blocks of queries are dealt out to
+ * `parts`, each of which sums its own dK and dV, and these sums are added in their order: the bits do not depend on how
+ * many threads there are.
+ */
+#include "forward.h"
+#include "pack.h"
+#include "pool.h"
+#include "sight.h"
+
+typedef struct {
+  float *keys, *values, *weights, *changes, *d_keys, *d_values; /* of a tile of keys */
+  float *queries, *d_outputs;                                   /* panels, upright */
+  float *query_rows, *d_output_rows, *d_queries;                /* panels, row by row, padded */
+  float *levels, *offsets;
+  sight *sights;
+} room;
+
+static room room_for(const problem *p) {
+  const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
+  const int64_t panels = p->G * (least(QUERIES, up_to(p->T, PANEL)) / PANEL), rows = panels * PANEL;
+  const int64_t sizes[] = {KEYS * wide_h,  KEYS * wide_e, KEYS * PANEL,  KEYS * PANEL,  KEYS * wide_h,
+                           KEYS * wide_e,  rows * p->H,   rows * p->E,   rows * wide_h, rows * wide_e,
+                           rows * wide_h,  rows,          rows,          (int64_t)(panels * sizeof(sight) + 3) / 4};
+  float *at[14];
+  workspace(at, sizes, 14);
+  return (room){at[0], at[1], at[2], at[3],  at[4],  at[5],  at[6],
+                at[7], at[8], at[9], at[10], at[11], at[12], (sight *)at[13]};
+}
+
+/* to += the product of a (`count` rows of it) and b, which is `depth` by `width`. */
+INLINE void add_product(float *to, int64_t width, int64_t count, const float *a, int row, int step, const float *b,
+                        int depth) {
+  vec block[ROWS][COLUMNS];
+  for (int64_t e = 0; e < width; e += PANEL)
+    for (int64_t n = 0; n < count; n += ROWS) {
+      product(block, depth, a + n * row, row, step, b + e, width);
+      for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) {
+          float *at = to + (n + i) * width + e + j * LANES;
+          store(at, load(at) + block[i][j]);
+        }
+    }
+}
+
+/* One tile of keys for one panel of queries: P, dS, and what they add to the three cotangents. */
+static void step(const problem *p, const room *r, int64_t panel, int64_t b, int64_t start, stretch keys) {
+  const int64_t H = p->H, E = p->E, wide_h = up_to(H, PANEL), wide_e = up_to(E, PANEL), row = panel * PANEL;
+  const float *queries = r->queries + row * H, *d_outputs = r->d_outputs + row * E;
+  vec block[ROWS][COLUMNS], level[COLUMNS], offset[COLUMNS];
+
+  for (int j = 0; j < COLUMNS; j++)
+    level[j] = load(r->levels + row + j * LANES), offset[j] = load(r->offsets + row + j * LANES);
+  for (int key = keys.begin; key < keys.end; key += ROWS) {
+    product(block, H, r->keys + key * wide_h, wide_h, 1, queries, PANEL);
+    if (keys.masked) hide(p, r->sights + panel, b, start + key, block);
+    for (int i = 0; i < ROWS; i++)
+      for (int j = 0; j < COLUMNS; j++)
+        store(r->weights + (key + i) * PANEL + j * LANES, power(block[i][j] - level[j]));
+    product(block, E, r->values + key * wide_e, wide_e, 1, d_outputs, PANEL);
+    for (int i = 0; i < ROWS; i++)
+      for (int j = 0; j < COLUMNS; j++) {
+        int64_t at = (key + i) * PANEL + j * LANES;
+        store(r->changes + at, load(r->weights + at) * (block[i][j] + offset[j]));
+      }
+  }
+  const int64_t count = keys.end - keys.begin, from = keys.begin * PANEL;
+  add_product(r->d_values + keys.begin * wide_e, wide_e, count, r->weights + from, PANEL, 1,
+              r->d_output_rows + row * wide_e, PANEL);
+  add_product(r->d_keys + keys.begin * wide_h, wide_h, count, r->changes + from, PANEL, 1,
+              r->query_rows + row * wide_h, PANEL);
+  add_product(r->d_queries + row * wide_h, wide_h, PANEL, r->changes + from, 1, PANEL, r->keys + keys.begin * wide_h,
+              count);
+}
+
+/* The operands of a panel, and what is known of its rows; rows beyond the last have no weights. */
+static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, int64_t k, int64_t g, int64_t t) {
+  const int64_t N = p->K * p->G, rows = least(PANEL, p->T - t), row = panel * PANEL;
+  const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
+  const float *query = p->query + at_query(p, b, t, k, g, p->H), *output = p->output + at_query(p, b, t, k, g, p->E);
+  const float *d_output = p->d_output + at_query(p, b, t, k, g, p->E);
+  r->sights[panel] = sight_of(p, b, t);
+  pack_upright(r->queries + row * p->H, query, N * p->H, rows, p->H, LOG2E);
+  pack_upright(r->d_outputs + row * p->E, d_output, N * p->E, rows, p->E, 1);
+  pack_rows(r->query_rows + row * wide_h, wide_h, PANEL, query, N * p->H, rows, p->H);
+  pack_rows(r->d_output_rows + row * wide_e, wide_e, PANEL, d_output, N * p->E, rows, p->E);
+  for (int64_t i = 0; i < PANEL; i++) {
+    r->levels[row + i] = INFINITY, r->offsets[row + i] = 0;
+    if (i >= rows) continue;
+    int64_t at = at_level(p, b, k, g, t + i);
+    float product = 0;
+    for (int64_t e = 0; e < p->E; e++) product += output[i * N * p->E + e] * d_output[i * N * p->E + e];
+    if (p->level[at] != -INFINITY) r->levels[row + i] = p->level[at] * LOG2E;
+    r->offsets[row + i] = p->d_level[at] - product;
+  }
+}
+
+/* A block of queries: dQ whole, dK and dV added to the sums of a part. */
+static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t k, int64_t from, float *sums) {
+  const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
+  const int64_t columns = (least(QUERIES, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
+  int64_t begin = p->S, end = 0;
+  for (int64_t i = 0; i < panels; i++) {
+    prepare(p, r, i, b, k, i / columns, from + i % columns * PANEL);
+    begin = least(begin, r->sights[i].begin), end = most(end, r->sights[i].end);
+  }
+  memset(r->d_queries, 0, panels * PANEL * wide_h * sizeof(float));
+  for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
+    int64_t first = most(start, begin), count = least(end, start + KEYS) - first, rows = least(KEYS, p->S - start);
+    int32_t range[2];
+    segment_range(p, b, start, range);
+    pack_tile(r->keys, wide_h, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
+    pack_tile(r->values, wide_e, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
+    memset(r->d_keys, 0, KEYS * wide_h * sizeof(float));
+    memset(r->d_values, 0, KEYS * wide_e * sizeof(float));
+    for (int64_t i = 0; i < panels; i++) {
+      stretch keys = stretch_of(p, r->sights + i, start, range);
+      if (keys.begin < keys.end) step(p, r, i, b, start, keys);
+    }
+    add(sums + start * wide_h, r->d_keys, rows * wide_h);
+    add(sums + p->S * wide_h + start * wide_e, r->d_values, rows * wide_e);
+  }
+  for (int64_t i = 0; i < panels; i++)
+    for (int64_t t = from + i % columns * PANEL, q = 0; q < least(PANEL, p->T - t); q++)
+      memcpy(p->d_query + at_query(p, b, t + q, k, i / columns, p->H), r->d_queries + (i * PANEL + q) * wide_h,
+             p->H * sizeof(float));
+}
+
+/* Part n % parts of one key head: every `parts`th block of queries, the last ones first. */
+static void part(const void *context, int64_t n) {
+  const problem *p = context;
+  const room r = room_for(p);
+  const int64_t head = n / p->parts, size = p->S * (up_to(p->H, PANEL) + up_to(p->E, PANEL));
+  float *sums = p->partial + n * size;
+  memset(sums, 0, size * sizeof(float));
+  for (int64_t block = (p->T + QUERIES - 1) / QUERIES - 1 - n % p->parts; block >= 0; block -= p->parts)
+    block_of_queries(p, &r, head / p->K, head % p->K, block * QUERIES, sums);
+}
+
+/* The sums of all parts of one key head, as the caller lays them out. */
+static void gather(const void *context, int64_t head) {
+  const problem *p = context;
+  const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL), size = p->S * (wide_h + wide_e);
+  const int64_t b = head / p->K, k = head % p->K;
+  float *sums = p->partial + head * p->parts * size;
+  for (int64_t n = 1; n < p->parts; n++) add(sums, sums + n * size, size);
+  for (int64_t s = 0; s < p->S; s++) {
+    memcpy(p->d_key + at_key(p, b, s, k, p->H), sums + s * wide_h, p->H * sizeof(float));
+    memcpy(p->d_value + at_key(p, b, s, k, p->E), sums + p->S * wide_h + s * wide_e, p->E * sizeof(float));
+  }
+}
+
+void backward(const problem *p, const threads *pool) {
+  share(pool, p->B * p->K * p->parts, part, p);
+  share(pool, p->B * p->K, gather, p);
+}

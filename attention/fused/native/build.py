@@ -1,0 +1,126 @@
+"""The kernel's library: compiled by the machine's own compiler when it is first asked for, and kept."""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+KEYS = 128  # of a tile: with a panel of queries their weights fill half of a first-level cache
+QUERIES = 256  # of a block, whose state stays in a second-level cache while all tiles of keys pass by
+DEGREE = 6  # of the polynomial for 2^f
+
+SOURCES = Path(__file__).parent
+TARGETS = ("attention_forward", "attention_backward")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-sanitize=undefined", "-shared", "-fPIC")
+FLAGS += ("-pthread", "-fvisibility=hidden", f"-DKEYS={KEYS}", f"-DQUERIES={QUERIES}")
+WHAT_TO_DO = "put gcc or clang on PATH, name a compiler in CC, or pip install attention-lab[native]"
+
+
+@functools.cache
+def fault() -> str:
+    """Why the library is not there, and what to do; empty where it is, compiled and registered."""
+    try:
+        library = ctypes.CDLL(str(built()))
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def built() -> Path:
+    """The file of the library, compiled unless one of the same sources, compiler and processor is there.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails; the message says what to do.
+        OSError: the folder cannot be written.
+    """
+    command = [*compiler(), *FLAGS, f"-DPOWER={coefficients()}", f"-I{jax.ffi.include_dir()}"]
+    library = cache_folder() / f"native-{identity(command)}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
+        done = subprocess.run([*command, *sources, "-o", unfinished, "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip()[-400:] or f"status {done.returncode}"
+            raise RuntimeError(f"{shlex.join(compiler())} could not compile it ({said}): {WHAT_TO_DO}")
+        os.replace(unfinished, library)  # whole or not at all, whoever else compiles it now
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return library
+
+
+def compiler() -> list[str]:
+    """The command of a C compiler.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found is not None:
+        return [found]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc"]
+    raise RuntimeError(f"there is no C compiler to make it with: {WHAT_TO_DO}")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attention-lab"
+
+
+def identity(command: list[str]) -> str:
+    """A name for what the sources, the command, its compiler and the processor make together."""
+    try:
+        version = subprocess.run([*compiler(), "--version"], capture_output=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"{shlex.join(compiler())} does not run ({error}): {WHAT_TO_DO}") from error
+    header = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+    parts = [shlex.join(command).encode(), version, processor().encode(), header.read_bytes()]
+    parts += [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def processor() -> str:
+    """What the processor can do: homes, and the libraries in them, are shared among machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {able}"
+
+
+def coefficients() -> str:
+    """Of the polynomial that equals 2^f at the Chebyshev nodes of [-1/2, 1/2], rising, as numbers in C.
+
+    With d the degree it errs by at most 2 4^-(d + 1) ln(2)^(d + 1) sqrt(2) / (d + 1)!, relative to at least
+    sqrt(1/2): for d = 6 by 0.07 units of roundoff. One node is 0, so that 2^0 = 1.
+    """
+    nodes = np.cos(np.pi * (np.arange(DEGREE + 1) + 0.5) / (DEGREE + 1)) / 2
+    rising = np.linalg.solve(np.vander(nodes, increasing=True), np.exp2(nodes))
+    return ",".join(f"{float(np.float32(number)).hex()}f" for number in rising)
+
+
+def remainder() -> float:
+    """The bound on the relative remainder of the polynomial."""
+    n = DEGREE + 1
+    return 2 * 4.0**-n * math.log(2) ** n * 2 / math.factorial(n)

@@ -1,0 +1,82 @@
+"""The kernel in C as a function of jax arrays, with its derivative in reverse mode."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attention.fused.native.build import QUERIES
+from attention.inputs import Inputs
+from attention.masks import Mask
+
+WIDTH = 32  # numbers, of which the rows of a backward pass's partial sums are at least a multiple
+PARTS, ITEMS = 8, 16  # the most partial sums a head has, and the items that there should be in all
+
+
+class Sight(NamedTuple):
+    """What each query sees: the keys from first to last, and of these those of its segment, where there are any.
+
+    Attributes:
+        first, last: `B T`.
+        queries, keys: `B T` and `B S`, or `B 0` where there are no segments.
+    """
+
+    first: Int[Array, "*B T"]
+    last: Int[Array, "*B T"]
+    queries: Int[Array, "*B t"]
+    keys: Int[Array, "*B s"]
+
+
+def attend(inputs: Inputs, *, tabled: bool = False) -> Float[Array, "B K G T E"]:
+    """The output, as a kernel of `attention.fused.kernels` gives it."""
+    del tabled  # it takes no table
+    return attend_with_residual(inputs)[0]
+
+
+def attend_with_residual(inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
+    """The output and the log of the sum of exponentials of each row, -inf where it sees no key."""
+    B, K, G, T, H = inputs.query.shape
+    query = jnp.moveaxis(inputs.query, 3, 1).reshape(B, T, K * G, H)
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (inputs.key, inputs.value))
+    output, residual = _attention(query, key, value, _sight(inputs.mask, B))
+    return jnp.moveaxis(output.reshape(B, T, K, G, -1), 1, 3), residual.reshape(B, K, G, T)
+
+
+def _sight(mask: Mask, B: int) -> Sight:
+    first, last = (jnp.broadcast_to(x, (B, mask.num_queries)).astype(jnp.int32) for x in mask.key_range())
+    nothing = jnp.zeros((B, 0), jnp.int32)
+    if mask.query_segments is None or mask.key_segments is None:
+        return Sight(first, last, nothing, nothing)
+    return Sight(first, last, mask.query_segments.astype(jnp.int32), mask.key_segments.astype(jnp.int32))
+
+
+@jax.custom_vjp
+def _attention(query, key, value, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
+    *batch, T, N, _ = query.shape
+    output = jax.ShapeDtypeStruct((*batch, T, N, value.shape[-1]), jnp.float32)
+    residual = jax.ShapeDtypeStruct((*batch, N, T), jnp.float32)
+    call = jax.ffi.ffi_call("attention_forward", (output, residual), vmap_method="broadcast_all")
+    return tuple(call(query, key, value, *sight))
+
+
+def _forward(query, key, value, sight: Sight):
+    results = _attention(query, key, value, sight)
+    return results, (query, key, value, sight, *results)
+
+
+def _backward(kept, cotangents):
+    query, key, value, sight, *results = kept
+    *batch, T, N, H = query.shape
+    S, K, E = key.shape[-3], key.shape[-2], value.shape[-1]
+    heads = query.size // (T * N * H) * K
+    parts = min(PARTS, -(-ITEMS // heads), -(-T // QUERIES))
+    wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
+    shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
+    shapes.append(jax.ShapeDtypeStruct((*batch, K, parts, S, wide), jnp.float32))
+    call = jax.ffi.ffi_call("attention_backward", shapes, vmap_method="broadcast_all")
+    *gradients, _ = call(query, key, value, *sight, *results, *cotangents)
+    return *gradients, None
+
+
+_attention.defvjp(_forward, _backward)
