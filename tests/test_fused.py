@@ -31,7 +31,7 @@ ASKS = {
 }
 
 
-def call(machine="cpu", dtype="float32", asks=(), *, size=64, length=4096, tokamax=False) -> Call:
+def call(machine="cpu", dtype="float32", asks=(), *, size=64, length=4096, tokamax=False, native="") -> Call:
     backend, generation = MACHINES[machine]
     return Call(
         backend=backend,
@@ -42,6 +42,7 @@ def call(machine="cpu", dtype="float32", asks=(), *, size=64, length=4096, tokam
         keys=length,
         asks=frozenset(asks),
         tokamax=tokamax,
+        native=native,
     )
 
 
@@ -51,13 +52,14 @@ def choice(asked: Call) -> str:
 
 
 def table() -> str:
-    """What "auto" takes at H = 64 and T = S = 4,096; after a comma, what it takes where tokamax is installed."""
+    """What "auto" takes at H = 64 and T = S = 4,096; after a comma with tokamax, in brackets without C."""
     rows = [["backend", "operands", *ASKS]]
     for machine, dtype in itertools.product(MACHINES, DTYPES):
         cells = []
         for asks in ASKS.values():
             found = [choice(call(machine, dtype, asks, tokamax=installed)) for installed in (False, True)]
-            cells.append(", ".join(dict.fromkeys(found)))
+            without = choice(call(machine, dtype, asks, native="no compiler"))
+            cells.append(", ".join(dict.fromkeys(found)) + (f" ({without})" if without != found[0] else ""))
         rows.append([machine, dtype, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -92,8 +94,9 @@ NO_FLOAT16 = {("float16", "cpu"), ("float16", "tpu")}
 
 
 @pytest.mark.parametrize("asks", ["soft cap", "residual"])
-def test_no_kernel_takes(asks):
-    assert all(choice(call(machine, dtype, [asks])) == "Exact" for machine in MACHINES for dtype in DTYPES)
+def test_no_kernel_of_a_vendor_takes(asks):
+    machines = itertools.product(MACHINES, DTYPES)
+    assert all(choice(call(*machine, [asks], native="no compiler")) == "Exact" for machine in machines)
 
 
 def test_a_certified_call_goes_to_what_has_a_bound():
@@ -112,6 +115,7 @@ REFUSED = {
     "table in float16": ("cudnn", call("gpu 9.0", "float16", ["bias"]), "does not take bias with float16"),
     "generation": ("tokamax:mosaic", call("gpu 8.0", "bfloat16", tokamax=True), "compute capability from 9.0"),
     "blocks": ("tokamax:mosaic", call("gpu 9.0", "bfloat16", tokamax=True, length=1000), "multiples of 128"),
+    "no compiler": ("native", call(native="there is no C compiler"), "it is not there: there is no C compiler"),
     "package": ("tokamax:triton", call("gpu 9.0"), r"pip install attention-lab\[fused\]"),
     "mask on a TPU": ("tpu:splash", call("tpu", "float32", ["mask"]), "does not take mask"),
     "lengths of tokamax on a TPU": ("tokamax:mosaic", call("tpu", asks=["lengths"], tokamax=True), "take lengths"),
@@ -130,10 +134,10 @@ SMALL = draw(40).astype(jnp.float32)
 
 
 def test_a_named_kernel_is_never_replaced():
-    for name in {kernel.name for kernel in KERNELS} - {"xla", "tokamax:xla_chunked"}:
-        with pytest.raises(UnsupportedError, match=f"{name}.*it runs on.*implementations that can: xla"):
+    for name in {kernel.name for kernel in KERNELS} - {"native", "xla", "tokamax:xla_chunked"}:
+        with pytest.raises(UnsupportedError, match=f"{name}.*it runs on.*implementations that can: native, xla"):
             attention.dot_product_attention(*SMALL, method=Fused(implementation=name))
-    with pytest.raises(UnsupportedError, match=r"log normaliser.*Exact\(\) does"):
+    with pytest.raises(UnsupportedError, match=r"log normaliser.*that can: native"):
         attention.dot_product_attention(*SMALL, method=Fused(implementation="xla"), return_residual=True)
 
 
@@ -146,15 +150,16 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 def test_the_choice_is_visible():
     inputs = prepare(Fused(), *SMALL, is_causal=True)
-    assert repr(Fused().resolved(inputs)) == "Fused(implementation='xla')"
-    assert Fused().resolved(inputs, "residual") == Exact()
+    assert repr(Fused().resolved(inputs)) == "Fused(implementation='native')"
+    assert Fused().resolved(inputs, "residual") == Fused(implementation="native")
     assert Fused().resolved(prepare(Fused(), *SMALL, logits_soft_cap=3.0)) == Exact()
 
 
 def test_a_run_records_what_each_layer_resolves_to():
     model = Model(layers=3, layer_methods=("Fused()", "Performer(features=8)", "Fused(implementation='xla')"))
     fused, performer, named_fused = describe_methods(Run(model=model))
-    assert fused == named_fused == "Fused(implementation='xla')"
+    assert fused == "Fused(implementation='native')"
+    assert named_fused == "Fused(implementation='xla')"
     assert attention.parse_method(performer) == attention.Performer(features=8)
 
 
@@ -170,7 +175,7 @@ OPTIONS = {
     "bias": {"bias": BIAS},
     "scale a head": {"scale": np.array([0.1, 0.2, 0.5, 1.0], np.float32)},
 }
-RUNNABLE = ["xla", "tokamax:xla_chunked"]
+RUNNABLE = ["native", "xla", "tokamax:xla_chunked"]
 
 
 @pytest.fixture
@@ -189,8 +194,12 @@ def shifted(method, case: Case, **options) -> float:
     return float(np.max(rounding(method, case, **options) / np.linalg.norm(case.value, axis=-1).max()))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("kernel", RUNNABLE, indirect=True)
+PAIRS = [(k, o) for k, o in itertools.product(RUNNABLE, OPTIONS) if k != "native" or o not in ("mask", "bias")]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options"), [(k, OPTIONS[o]) for k, o in PAIRS], ids=map("-".join, PAIRS), indirect=["kernel"]
+)
 def test_outputs_and_gradients_are_the_oracles(kernel, options):
     one = "causal_alignment" in options
     case = draw(42, T=1 if one else 13, S=13, E=5).astype(jnp.float32)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
+from attention.fused.native import build
 from attention.inputs import Inputs
 
 
@@ -22,6 +23,7 @@ class Call:
         asks: of "causal", "window", "lengths", "segments", "mask", "offset" (a causal position that is not the
             index), "bias", "soft cap", "residual", "certificate".
         tokamax: whether it is installed.
+        native: why the kernel in C cannot be had here; empty where it can, and where nothing asks for it.
     """
 
     backend: str
@@ -32,6 +34,7 @@ class Call:
     keys: int
     asks: frozenset[str]
     tokamax: bool
+    native: str = ""
 
 
 def described(inputs: Inputs, *asks: str) -> Call:
@@ -48,15 +51,17 @@ def described(inputs: Inputs, *asks: str) -> Call:
         "bias": inputs.bias is not None,
         "soft cap": inputs.soft_cap is not None,
     }
+    backend, dtype = jax.default_backend(), jnp.dtype(inputs.key.dtype).name
     return Call(
-        backend=jax.default_backend(),
+        backend=backend,
         generation=_generation(),
-        dtype=jnp.dtype(inputs.key.dtype).name,
+        dtype=dtype,
         head_size=max(inputs.query.shape[-1], inputs.value.shape[-1]),
         queries=mask.num_queries,
         keys=mask.num_keys,
         asks=frozenset(asks) | {name for name, asked in present.items() if asked},
         tokamax=find_spec("tokamax") is not None,
+        native=build.fault() if (backend, dtype) == ("cpu", "float32") else "",
     )
 
 

@@ -9,31 +9,38 @@ from typing import Literal
 from jaxtyping import Array
 
 from attention.fused.calls import Call
+from attention.fused.native import calls as native
+from attention.fused.native.build import KEYS
 from attention.fused.vendors import jax_nn, splash, tokamax
 
-Name = Literal["xla", "cudnn", "tpu:splash", "tokamax:mosaic", "tokamax:triton", "tokamax:xla_chunked"]
+Name = Literal["native", "xla", "cudnn", "tpu:splash", "tokamax:mosaic", "tokamax:triton", "tokamax:xla_chunked"]
 HALF = ("bfloat16", "float16")
 UP_TO_32 = (*HALF, "float32")
 WITHOUT_FLOAT16 = ("bfloat16", "float32")
 PLAIN = frozenset({"causal", "window", "lengths"})
 BESIDES = frozenset({"soft cap", "residual", "certificate"})  # what no table of hidden pairs can give
+RANGES = PLAIN | {"segments", "offset"}  # what the first and the last key of each query, and segments, can say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One kernel of a vendor.
+    """One kernel: of a vendor, or that in C.
 
     Attributes:
         name: what `Fused.implementation` calls it.
         run: calls it.
         backends, dtypes: where it runs, and on which operands.
-        native: what it hides without being given a table of T times S booleans.
+        hides: what it hides without being given a table of T times S booleans.
+        any_window: whether it takes every window so, and not only one that looks back among as many keys.
         tables: dtypes of operands for which it takes such a table, and a bias; none if empty.
         even_tables: whether a table needs an even T and S.
         generations: compute capabilities, from the first to below the second.
         head_multiple: of which the head size is a multiple.
         head_limits: the largest head size from a compute capability on.
         length_multiple: of which T and S are multiples.
+        with_residual: calls it for the log normaliser too, which has a derivative then; None where it cannot.
+        unread: whether slots that no query sees may hold anything, as it reads none unless there are segments.
+        tile: keys, after each of which it rescales its sums; 0 where it does not.
         certified: backends and dtypes for which `attention.fused.method` bounds its rounding.
         package: what has to be installed.
     """
@@ -42,13 +49,17 @@ class Kernel:
     run: Callable[..., Array]
     backends: tuple[str, ...]
     dtypes: tuple[str, ...]
-    native: frozenset[str] = PLAIN
+    hides: frozenset[str] = PLAIN
+    any_window: bool = False
     tables: tuple[str, ...] = ()
     even_tables: bool = False
     generations: tuple[float, float] = (0.0, math.inf)
     head_multiple: int = 1
     head_limits: tuple[tuple[float, int], ...] = ()
     length_multiple: int = 1
+    with_residual: Callable[..., tuple[Array, Array]] | None = None
+    unread: bool = False
+    tile: int = 0
     certified: tuple[tuple[str, str], ...] = ()
     package: str = ""
 
@@ -59,7 +70,7 @@ class Kernel:
         window = "window" in asks and (
             "causal" not in asks or call.queries != call.keys or bool(asks & {"lengths", "segments"})
         )
-        return window or not asks <= self.native | BESIDES
+        return (window and not self.any_window) or not asks <= self.hides | BESIDES
 
     def refusal(self, call: Call) -> str | None:
         """Why the kernel cannot do a call, or None."""
@@ -70,6 +81,7 @@ class Kernel:
         reasons = (
             (call.backend not in self.backends, f"it runs on {_listed(self.backends)}, not {call.backend}"),
             (self.package == "tokamax" and not call.tokamax, "it needs tokamax: pip install attention-lab[fused]"),
+            (self.name == "native" and bool(call.native), f"it is not there: {call.native}"),
             (not first <= call.generation < end, f"it needs a compute capability from {first} to below {end}"),
             (call.dtype not in self.dtypes, f"it takes {_listed(self.dtypes)} operands, not {call.dtype}"),
             (
@@ -82,7 +94,10 @@ class Kernel:
                 f"it takes T and S that are multiples of {self.length_multiple}, not {call.queries} and {call.keys}",
             ),
             ("soft cap" in call.asks, "its soft cap, if it has one, is compiled in and cannot be traced"),
-            ("residual" in call.asks, "the log normaliser that it returns, if any, has no derivative"),
+            (
+                "residual" in call.asks and self.with_residual is None,
+                "the log normaliser that it returns, if any, has no derivative",
+            ),
             (
                 "certificate" in call.asks and (call.backend, call.dtype) not in self.certified,
                 f"no bound is known on its rounding with {call.dtype} operands on {call.backend}",
@@ -98,6 +113,18 @@ class Kernel:
 
 # In the order in which "auto" tries them: on one backend the first that takes a call is chosen.
 KERNELS = (
+    Kernel(
+        name="native",
+        run=native.attend,
+        backends=("cpu",),
+        dtypes=("float32",),
+        hides=RANGES,
+        any_window=True,
+        with_residual=native.attend_with_residual,
+        unread=True,
+        tile=KEYS,
+        certified=(("cpu", "float32"),),
+    ),
     Kernel(
         name="cudnn",
         run=functools.partial(jax_nn, implementation="cudnn"),
@@ -133,7 +160,7 @@ KERNELS = (
         run=splash,
         backends=("tpu",),
         dtypes=("bfloat16", "float32"),
-        native=PLAIN | {"segments"},
+        hides=PLAIN | {"segments"},
         length_multiple=128,
     ),
     Kernel(
@@ -141,7 +168,7 @@ KERNELS = (
         run=functools.partial(tokamax, implementation="mosaic"),
         backends=("tpu",),
         dtypes=("bfloat16", "float32"),
-        native=frozenset({"causal"}),
+        hides=frozenset({"causal"}),
         length_multiple=128,
         package="tokamax",
     ),

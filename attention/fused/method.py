@@ -20,16 +20,18 @@ Implementation = Literal["auto", Name]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fused(Cached):
-    """softmax(beta Q K^T + bias) V by the kernel of a vendor.
+    """softmax(beta Q K^T + bias) V by one kernel: a vendor's, or that of this library for float32 on a CPU.
 
-    "xla" and "cudnn" are those of `jax.nn.dot_product_attention`, "tpu:splash" is the one that jax ships for TPUs,
-    and the others are those of tokamax (`pip install attention-lab[fused]`). "auto" takes the first that can do
-    what a call asks, in the order of `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, a
-    soft cap, or the log normaliser. `Fused().resolved(inputs)` is its choice; at H = 64 and T = S = 4,096, and
-    after a comma where tokamax is installed, it is
+    "native" is the one in C of `attention.fused.native`, which the machine's compiler makes when it is first asked
+    for (or that of `pip install attention-lab[native]`). "xla" and "cudnn" are those of
+    `jax.nn.dot_product_attention`, "tpu:splash" is the one that jax ships for TPUs, and the others are those of
+    tokamax (`pip install attention-lab[fused]`). "auto" takes the first that can do what a call asks, in the order of
+    `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, a soft cap, or, but for "native", the
+    log normaliser. `Fused().resolved(inputs)` is its choice; at H = 64 and T = S = 4,096, after a comma where tokamax
+    is installed, and in brackets where there is no C compiler, it is
 
         backend  operands  plain, causal or lengths  causal window        segments             mask or bias
-        cpu      float32   xla                       xla                  xla                  xla
+        cpu      float32   native (xla)              native (xla)         native (xla)         xla
         cpu      bfloat16  xla                       xla                  xla                  xla
         cpu      float16   Exact                     Exact                Exact                Exact
         gpu 8.0  float32   xla, tokamax:triton       xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
@@ -44,7 +46,8 @@ class Fused(Cached):
 
     The order on a GPU and a TPU is not measured. A named kernel is never replaced: what it cannot do raises.
 
-    Kernels other than "xla" have first derivatives in reverse mode alone. They round beta times the query to the
+    Kernels other than "xla" have first derivatives in reverse mode alone, "native" those of the log normaliser too;
+    `Chunked` has all. They round beta times the query to the
     dtype of the operands, as none takes a traced scale; "xla" does so with one scale a head. In float32, "xla" asks
     for products in float32 where the backend has faster ones. A row that sees no key gives 0, with gradient 0,
     whatever the kernel makes of it. What a kernel has no name for, it gets as T S booleans.
@@ -53,9 +56,10 @@ class Fused(Cached):
         implementation: "auto", or the name of a kernel.
 
     Cost: 2 T S (H + E) operations a head, half of it where causal, and operands read once; "xla" computes the
-    masked half too, and keeps T S weights a head.
-    Error bound: `attention.rounding.rounding_bound` for "xla" in float32, and `weights_bound` more in bfloat16 on a
-    CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with `Exact`.
+    masked half too, and keeps T S weights a head. The backward pass of "native" takes 5 T S (H + E) operations and
+    up to 8 copies of the gradients of keys and values.
+    Error bound: `attention.rounding.rounding_bound` for "native" and for "xla" in float32, and `weights_bound` more
+    in bfloat16 on a CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with `Exact`.
 
     Raises:
         ValueError: `implementation` is no such name.
@@ -95,16 +99,30 @@ class Fused(Cached):
         return kernel.run(inputs, tabled=kernel.tabled(call))
 
     def attend_with_residual(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:
-        return self.resolved(inputs, "residual").attend_with_residual(inputs)
+        method = self.resolved(inputs, "residual")
+        if method != self:
+            return method.attend_with_residual(inputs)
+        with_residual = named(self.implementation, described(inputs).backend).with_residual
+        assert with_residual is not None  # or `resolved` had refused
+        return with_residual(inputs)
+
+    def attend_cached(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
+        method = self.resolved(inputs)
+        if not isinstance(method, Fused) or not named(method.implementation, described(inputs).backend).unread:
+            return super().attend_cached(inputs)
+        return method.attend(inputs)
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate | None]:
         if self.implementation == "auto":
             return self.resolved(inputs, "certificate").certify(inputs)
         call = described(inputs, "certificate")
         output = self.attend(inputs)
-        if (call.backend, call.dtype) not in named(self.implementation, call.backend).certified:
+        kernel = named(self.implementation, call.backend)
+        if (call.backend, call.dtype) not in kernel.certified:
             return output, None
-        certificate = exact_certificate(inputs, rescalings=0)
+        # As `Chunked`: exponents of rescalings telescope, and a term passes through the sum of its tile and the tiles'.
+        tiles = -(-call.keys // kernel.tile) + 1 if kernel.tile else 0
+        certificate = exact_certificate(inputs, rescalings=tiles, depth=kernel.tile + tiles if tiles else None)
         return output, dataclasses.replace(certificate, error_bound=certificate.error_bound + weights_bound(inputs))
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:

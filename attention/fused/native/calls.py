@@ -56,7 +56,7 @@ def _attention(query, key, value, sight: Sight) -> tuple[Float[Array, "B T N E"]
     *batch, T, N, _ = query.shape
     output = jax.ShapeDtypeStruct((*batch, T, N, value.shape[-1]), jnp.float32)
     residual = jax.ShapeDtypeStruct((*batch, N, T), jnp.float32)
-    call = jax.ffi.ffi_call("attention_forward", (output, residual), vmap_method="broadcast_all")
+    call = jax.ffi.ffi_call("attention_lab_forward", (output, residual), vmap_method="broadcast_all")
     return tuple(call(query, key, value, *sight))
 
 
@@ -74,7 +74,7 @@ def _backward(kept, cotangents):
     wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
     shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
     shapes.append(jax.ShapeDtypeStruct((*batch, K, parts, S, wide), jnp.float32))
-    call = jax.ffi.ffi_call("attention_backward", shapes, vmap_method="broadcast_all")
+    call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
     *gradients, _ = call(query, key, value, *sight, *results, *cotangents)
     return *gradients, None
 

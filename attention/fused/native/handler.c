@@ -51,11 +51,11 @@ static XLA_FFI_Error *attended(XLA_FFI_CallFrame *frame, void (*attend)(const pr
   return 0;
 }
 
-__attribute__((visibility("default"))) XLA_FFI_Error *attention_forward(XLA_FFI_CallFrame *frame) {
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
   return attended(frame, forward);
 }
 
-__attribute__((visibility("default"))) XLA_FFI_Error *attention_backward(XLA_FFI_CallFrame *frame) {
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
   if (frame->args.size != D_LEVEL + 1 || frame->rets.size != 4) return refused(frame, "11 operands and 4 results");
   problem p = described(frame);
