@@ -22,7 +22,7 @@ QUERIES = 256  # of a block, whose state stays in a second-level cache while all
 DEGREE = 6  # of the polynomial for 2^f
 
 SOURCES = Path(__file__).parent
-TARGETS = ("attention_lab_forward", "attention_lab_backward")
+TARGETS = ("attention_lab_forward", "attention_lab_decode", "attention_lab_backward")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-sanitize=undefined", "-shared", "-fPIC")
 FLAGS += ("-pthread", "-fvisibility=hidden", f"-DKEYS={KEYS}", f"-DQUERIES={QUERIES}")
 WHAT_TO_DO = "put gcc or clang on PATH, name a compiler in CC, or pip install attention-lab[native]"

@@ -12,6 +12,8 @@ from attention.masks import Mask
 
 WIDTH = 32  # numbers, of which the rows of a backward pass's partial sums are at least a multiple
 PARTS, ITEMS = 8, 16  # the most partial sums a head has, and the items that there should be in all
+FEW = 8  # queries, up to which their arithmetic one by one takes less time than that of a panel
+PART = 1024  # keys of an item, where queries are few
 
 
 class Sight(NamedTuple):
@@ -54,10 +56,13 @@ def _sight(mask: Mask, B: int) -> Sight:
 @jax.custom_vjp
 def _attention(query, key, value, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     *batch, T, N, _ = query.shape
-    output = jax.ShapeDtypeStruct((*batch, T, N, value.shape[-1]), jnp.float32)
-    residual = jax.ShapeDtypeStruct((*batch, N, T), jnp.float32)
-    call = jax.ffi.ffi_call("attention_lab_forward", (output, residual), vmap_method="broadcast_all")
-    return tuple(call(query, key, value, *sight))
+    S, E = key.shape[-3], value.shape[-1]
+    shapes = [jax.ShapeDtypeStruct((*batch, T, N, E), jnp.float32), jax.ShapeDtypeStruct((*batch, N, T), jnp.float32)]
+    if T <= FEW:
+        shapes.append(jax.ShapeDtypeStruct((*batch, N * T * (E + 2), -(-S // PART)), jnp.float32))
+    name = "attention_lab_decode" if T <= FEW else "attention_lab_forward"
+    output, residual, *_ = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")(query, key, value, *sight)
+    return output, residual
 
 
 def _forward(query, key, value, sight: Sight):
@@ -73,7 +78,7 @@ def _backward(kept, cotangents):
     parts = min(PARTS, -(-ITEMS // heads), -(-T // QUERIES))
     wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
     shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
-    shapes.append(jax.ShapeDtypeStruct((*batch, K, parts, S, wide), jnp.float32))
+    shapes.append(jax.ShapeDtypeStruct((*batch, K, S, wide, parts), jnp.float32))
     call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
     *gradients, _ = call(query, key, value, *sight, *results, *cotangents)
     return *gradients, None

@@ -41,18 +41,28 @@ static problem described(const XLA_FFI_CallFrame *frame) {
   return p;
 }
 
-/* The pass forward, of many queries or of few. */
-static XLA_FFI_Error *attended(XLA_FFI_CallFrame *frame, void (*attend)(const problem *, const threads *)) {
+static void set_partial(problem *p, const XLA_FFI_CallFrame *frame, int n) {
+  const XLA_FFI_Buffer *partial = frame->rets.rets[n];
+  p->partial = partial->data, p->parts = partial->dims[partial->rank - 1];
+}
+
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
   if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 2) return refused(frame, "7 operands and 2 results");
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
-  attend(&p, &(threads){frame->api, frame->ctx});
+  forward(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }
 
-__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
-  return attended(frame, forward);
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_FFI_CallFrame *frame) {
+  if (told_version(frame)) return 0;
+  if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 3) return refused(frame, "7 operands and 3 results");
+  problem p = described(frame);
+  p.output = result(frame, 0), p.level = result(frame, 1);
+  set_partial(&p, frame, 2);
+  decode(&p, &(threads){frame->api, frame->ctx});
+  return 0;
 }
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA_FFI_CallFrame *frame) {
@@ -62,8 +72,7 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA
   p.output = argument(frame, OUTPUT)->data, p.level = argument(frame, LEVEL)->data;
   p.d_output = argument(frame, D_OUTPUT)->data, p.d_level = argument(frame, D_LEVEL)->data;
   p.d_query = result(frame, 0), p.d_key = result(frame, 1), p.d_value = result(frame, 2);
-  const XLA_FFI_Buffer *partial = frame->rets.rets[3];
-  p.partial = partial->data, p.parts = partial->dims[partial->rank - 3];
+  set_partial(&p, frame, 3);
   backward(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }

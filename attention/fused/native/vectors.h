@@ -50,10 +50,15 @@ INLINE vec larger(vec x, vec y) {
 #endif
 }
 
+/* The sum of all lanes, by halves. */
 INLINE float sum(vec x) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += x[i];
-  return total;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+#endif
 }
 
 /* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
