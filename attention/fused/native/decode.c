@@ -8,6 +8,8 @@
 #include "forward.h"
 #include "sight.h"
 
+#define TOKENS 4 /* that are read together; KEYS is a multiple of it */
+
 /* The running state of a part: for each row (b, k, g, t) of one b a maximum, a sum and E sums of values. */
 typedef struct {
   float *tops, *sums, *outputs;
@@ -19,21 +21,30 @@ static state state_of(const problem *p, int64_t n) {
   return (state){at, at + rows, at + 2 * rows};
 }
 
-/* x . y */
-INLINE float dot(const float *x, const float *y, int64_t size) {
-  vec total = {0};
+/* to[n] = x . (row n of y) for TOKENS rows, `stride` apart. */
+INLINE void dots(float *to, const float *x, const float *y, int64_t stride, int64_t size) {
+  vec total[TOKENS] = {{0}};
   int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) total += load(x + i) * load(y + i);
-  float result = sum(total);
-  for (; i < size; i++) result += x[i] * y[i];
-  return result;
+  for (; i + LANES <= size; i += LANES) {
+    vec here = load(x + i);
+    for (int n = 0; n < TOKENS; n++) total[n] += here * load(y + n * stride + i);
+  }
+  for (int n = 0; n < TOKENS; n++) {
+    to[n] = sum(total[n]);
+    for (int64_t rest = i; rest < size; rest++) to[n] += x[rest] * y[n * stride + rest];
+  }
 }
 
-/* to += factor x */
-INLINE void add_times(float *to, float factor, const float *x, int64_t size) {
+/* to += the sum of factors[n] (row n of x) over TOKENS rows, `stride` apart, in their order. */
+INLINE void add_rows(float *to, const float *factors, const float *x, int64_t stride, int64_t size) {
   int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) store(to + i, load(to + i) + factor * load(x + i));
-  for (; i < size; i++) to[i] += factor * x[i];
+  for (; i + LANES <= size; i += LANES) {
+    vec total = load(to + i);
+    for (int n = 0; n < TOKENS; n++) total += factors[n] * load(x + n * stride + i);
+    store(to + i, total);
+  }
+  for (; i < size; i++)
+    for (int n = 0; n < TOKENS; n++) to[i] += factors[n] * x[n * stride + i];
 }
 
 /* Hidden logits become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
@@ -59,26 +70,41 @@ static float weigh(const problem *p, float *logits, int64_t b, int64_t t, int64_
   return sum(total);
 }
 
+/* Where the TOKENS rows from `key` on lie, and how far apart: those that exist and are read, or zeros. */
+INLINE const float *rows_at(const problem *p, const float *from, int64_t size, int64_t b, int64_t k, int64_t key,
+                            int64_t begin, int64_t end, float *room, int64_t *stride) {
+  *stride = p->K * size;
+  if (begin <= key && key + TOKENS <= end) return from + at_key(p, b, key, k, size);
+  *stride = size;
+  memset(room, 0, TOKENS * size * sizeof(float));
+  for (int64_t n = most(key, begin); n < least(key + TOKENS, end); n++)
+    memcpy(room + (n - key) * size, from + at_key(p, b, n, k, size), size * sizeof(float));
+  return room;
+}
+
 /* A tile of keys from `start` on, of which [begin, end) are read. */
 static void tile(const problem *p, state s, int64_t b, int64_t start, int64_t begin, int64_t end, const float *queries,
-                 float *logits, float *gained) {
-  const int64_t rows = p->G * p->T, heads = p->K;
-  for (int64_t key = begin; key < end; key++)
-    for (int64_t k = 0; k < heads; k++)
-      for (int64_t r = 0; r < rows; r++)
-        logits[(k * rows + r) * KEYS + key - start] =
-            dot(queries + (k * rows + r) * p->H, p->key + at_key(p, b, key, k, p->H), p->H);
+                 float *logits, float *gained, float *room) {
+  const int64_t rows = p->G * p->T, heads = p->K, first = begin / TOKENS * TOKENS;
+  int64_t stride;
+  for (int64_t key = first; key < end; key += TOKENS)
+    for (int64_t k = 0; k < heads; k++) {
+      const float *keys = rows_at(p, p->key, p->H, b, k, key, begin, end, room, &stride);
+      for (int64_t r = k * rows; r < (k + 1) * rows; r++)
+        dots(logits + r * KEYS + key - start, queries + r * p->H, keys, stride, p->H);
+    }
   float kept[heads * rows];
   for (int64_t r = 0; r < heads * rows; r++) {
     float total = weigh(p, logits + r * KEYS, b, r % p->T, start, s.tops + r, kept + r);
     s.sums[r] = s.sums[r] * kept[r] + total;
   }
   memset(gained, 0, heads * rows * p->E * sizeof(float));
-  for (int64_t key = begin; key < end; key++)
-    for (int64_t k = 0; k < heads; k++)
-      for (int64_t r = 0; r < rows; r++)
-        add_times(gained + (k * rows + r) * p->E, logits[(k * rows + r) * KEYS + key - start],
-                  p->value + at_key(p, b, key, k, p->E), p->E);
+  for (int64_t key = first; key < end; key += TOKENS)
+    for (int64_t k = 0; k < heads; k++) {
+      const float *values = rows_at(p, p->value, p->E, b, k, key, begin, end, room, &stride);
+      for (int64_t r = k * rows; r < (k + 1) * rows; r++)
+        add_rows(gained + r * p->E, logits + r * KEYS + key - start, values, stride, p->E);
+    }
   for (int64_t r = 0; r < heads * rows; r++)
     for (int64_t e = 0; e < p->E; e++) {
       float *at = s.outputs + r * p->E + e;
@@ -89,9 +115,9 @@ static void tile(const problem *p, state s, int64_t b, int64_t start, int64_t be
 static void part(const void *context, int64_t n) {
   const problem *p = context;
   const int64_t b = n / p->parts, rows = p->K * p->G * p->T, each = (p->S + p->parts - 1) / p->parts;
-  const int64_t sizes[] = {rows * p->H, rows * KEYS, rows * p->E};
-  float *room[3];
-  workspace(room, sizes, 3);
+  const int64_t sizes[] = {rows * p->H, rows * KEYS, rows * p->E, TOKENS * most(p->H, p->E)};
+  float *room[4];
+  workspace(room, sizes, 4);
   const state s = state_of(p, n);
   for (int64_t r = 0; r < rows; r++) s.tops[r] = -INFINITY, s.sums[r] = 0;
   memset(s.outputs, 0, rows * p->E * sizeof(float));
@@ -108,7 +134,8 @@ static void part(const void *context, int64_t n) {
   begin = most(begin, from), end = least(end, to);
   memset(room[1], 0, rows * KEYS * sizeof(float));
   for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS)
-    tile(p, s, b, start, most(start, begin), least(start + KEYS, end), room[0], room[1], room[2]);
+    tile(p, s, b, start, most(start, begin), least(start + KEYS, end), room[0], room[1], room[2],
+         room[3]);
 }
 
 /* All parts of one row: those of larger maxima count for more. */
@@ -124,7 +151,7 @@ static void merge(const problem *p, int64_t b, int64_t row) {
     const state s = state_of(p, b * p->parts + n);
     const float kept = power(fill(s.tops[row] - shift))[0];
     sum += kept * s.sums[row];
-    add_times(output, kept, s.outputs + row * p->E, p->E);
+    for (int64_t e = 0; e < p->E; e++) output[e] += kept * s.outputs[row * p->E + e];
   }
   for (int64_t e = 0; e < p->E; e++) output[e] /= sum == 0 ? 1 : sum;
   p->level[b * p->K * p->G * p->T + row] = sum == 0 ? -INFINITY : logf(sum) + top * LN2;
