@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from attention import Chunked, Exact, Method, certified_attention, dot_product_attention
+from attention import Chunked, Exact, Fused, Method, certified_attention, dot_product_attention
 from attention.exact import exact_certificate, weighted_values
+from attention.fused.native.build import KEYS
 from attention.rounding import CALM, norms, roundoff
 from attention.testing import oracle, oracle_gradients
 from attention.testing.cases import Case
@@ -165,6 +166,7 @@ def _errors(which: Program, case, output, bound, gradients):
     expected = (oracle(*operands, **options)[0], *oracle_gradients(*operands, cotangent, **options))
     errors = [np.abs(a.astype(np.float64) - b) for a, b in zip((output, *gradients), expected, strict=True)]
     tiles = -(-which.S // (which.method.key_chunk or 1)) if isinstance(which.method, Chunked) else 0
+    tiles += -(-which.S // KEYS) + 1 if isinstance(which.method, Fused) else 0
     shift = CALM if isinstance(which.method, Chunked) else getattr(which.method, "fixed_shift", 0.0)
     # The oracle rounds as well: in float64, as much as what it judges.
     oracles = 1 + roundoff(np.float64) / roundoff(jnp.promote_types(which.dtype, jnp.float32))
@@ -183,6 +185,18 @@ def test_no_error_is_above_its_bound(index, record_property):
     """1,000 cases in 10 programs."""
     seeds = range(10_000 * index, 10_000 * index + 100)
     for name, worst in recorded(program(index), seeds, record_property).items():
+        assert max(worst) > 1e-3, f"{name}: a bound a thousand times too wide says little"
+
+
+# Few and many queries, in one panel and in more; keys of a tile with its neighbours; all masks that it takes.
+NATIVE = ((1, KEYS - 1, 2), (8, KEYS + 1, 5), (37, KEYS, 4), (65, 257, 5), (300, 31, 3), (33, 131, 1))
+
+
+@pytest.mark.parametrize(("T", "S", "form"), NATIVE)
+def test_no_error_of_the_kernel_in_c_is_above_its_bound(T, S, form, record_property):
+    """100 cases each."""
+    which = Program(T, S, HEADS[form % 5], SIZES[form], "float32", Fused(implementation="native"), form)
+    for name, worst in recorded(which, range(100), record_property).items():
         assert max(worst) > 1e-3, f"{name}: a bound a thousand times too wide says little"
 
 

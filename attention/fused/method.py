@@ -47,10 +47,10 @@ class Fused(Cached):
     The order on a GPU and a TPU is not measured. A named kernel is never replaced: what it cannot do raises.
 
     Kernels other than "xla" have first derivatives in reverse mode alone, "native" those of the log normaliser too;
-    `Chunked` has all. They round beta times the query to the
-    dtype of the operands, as none takes a traced scale; "xla" does so with one scale a head. In float32, "xla" asks
-    for products in float32 where the backend has faster ones. A row that sees no key gives 0, with gradient 0,
-    whatever the kernel makes of it. What a kernel has no name for, it gets as T S booleans.
+    `Chunked` has all. They round beta times the query to the dtype of the operands, as none takes a traced scale;
+    "xla" does so with one scale a head. In float32, "xla" asks for products in float32 where the backend has faster
+    ones. A row that sees no key gives 0, with gradient 0, whatever the kernel makes of it. What a kernel has no name
+    for, it gets as T S booleans; "native" does not take them.
 
     Attributes:
         implementation: "auto", or the name of a kernel.
@@ -59,7 +59,8 @@ class Fused(Cached):
     masked half too, and keeps T S weights a head. The backward pass of "native" takes 5 T S (H + E) operations and
     up to 8 copies of the gradients of keys and values.
     Error bound: `attention.rounding.rounding_bound` for "native" and for "xla" in float32, and `weights_bound` more
-    in bfloat16 on a CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with `Exact`.
+    in bfloat16 on a CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with
+    `Exact`.
 
     Raises:
         ValueError: `implementation` is no such name.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from attention.fused.native.build import QUERIES
 from attention.inputs import Inputs
 from attention.masks import Mask
+from attention.method import UnsupportedError
 
 WIDTH = 32  # numbers, of which the rows of a backward pass's partial sums are at least a multiple
 PARTS, ITEMS = 8, 16  # the most partial sums a head has, and the items that there should be in all
@@ -71,7 +72,12 @@ def _forward(query, key, value, sight: Sight):
 
 
 def _backward(kept, cotangents):
-    query, key, value, sight, *results = kept
+    return *_gradients(*kept, *cotangents), None
+
+
+@jax.custom_jvp
+def _gradients(query, key, value, sight: Sight, output, residual, d_output, d_residual):
+    """The cotangents of query, key and value."""
     *batch, T, N, H = query.shape
     S, K, E = key.shape[-3], key.shape[-2], value.shape[-1]
     heads = query.size // (T * N * H) * K
@@ -80,8 +86,13 @@ def _backward(kept, cotangents):
     shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
     shapes.append(jax.ShapeDtypeStruct((*batch, K, S, wide, parts), jnp.float32))
     call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
-    *gradients, _ = call(query, key, value, *sight, *results, *cotangents)
-    return *gradients, None
+    *gradients, _ = call(query, key, value, *sight, output, residual, d_output, d_residual)
+    return tuple(gradients)
+
+
+@_gradients.defjvp
+def _refused(primals, tangents):
+    raise UnsupportedError("Fused(implementation='native') has no derivatives of second order: Chunked() has them")
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,0 +1,168 @@
+"""The kernel in C: how it is built, its bits, what it leaves unread, and its derivatives."""
+
+import ctypes
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+from attention import Exact, Fused
+from attention.fused.native import build
+from attention.inputs import prepare, ungrouped
+from attention.testing import oracle
+from attention.testing.cases import Case, draw, rounding
+
+NATIVE = Fused(implementation="native")
+
+
+def test_the_polynomial_is_what_the_bound_takes_it_for():
+    """0.1 units of roundoff at most, and exactly 1 at 0, so that a row's largest weight is exact."""
+    assert build.remainder() < 0.1 * 2.0**-24
+    rising = [float.fromhex(number.rstrip("f")) for number in build.coefficients().split(",")]
+    assert rising[0] == 1
+    f = np.linspace(-0.5, 0.5, 10_001)
+    # Coefficients but the first are rounded by a roundoff each, which their terms, below ln(2) / 2 together, halve.
+    assert np.max(np.abs(np.polynomial.polynomial.polyval(f, rising) / np.exp2(f) - 1)) < (0.1 + 0.5) * 2.0**-24
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """A machine that has compiled nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "attention-lab"
+
+
+def test_without_a_compiler_it_says_what_to_do(bare, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "no C compiler" in build.fault.__wrapped__()
+    assert "pip install attention-lab[native]" in build.fault.__wrapped__()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert build.compiler() == [sys.executable, "-m", "ziglang", "cc"]
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(bare, monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho no such instruction >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    assert "no such instruction" in build.fault.__wrapped__()
+    assert not list(bare.iterdir())
+    monkeypatch.setenv("CC", str(tmp_path / "nowhere"))
+    assert "does not run" in build.fault.__wrapped__()
+
+
+def test_two_may_build_it_at_once(bare):
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: build.built(), range(2))
+    assert first == second
+    assert list(bare.iterdir()) == [first]
+    assert all(hasattr(ctypes.CDLL(str(first)), target) for target in build.TARGETS)
+
+
+# Two blocks of queries and three tiles of keys, neither whole; so many items that threads share them.
+CASE, COTANGENT = draw(81, B=1, T=300, H=8).astype(jnp.float32), draw(82, B=1, T=300, N=4, H=8).query.astype(np.float32)
+
+
+@jax.jit
+def results(*case):
+    output, pull = jax.vjp(lambda *x: attention.dot_product_attention(*x, method=NATIVE, is_causal=True), *case)
+    return output, *pull(jnp.asarray(COTANGENT))
+
+
+def digest() -> str:
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in results(*CASE))).hexdigest()
+
+
+def test_the_bits_do_not_depend_on_the_threads():
+    """In a process whose pool has one thread, so that the caller does everything, and in one that has three."""
+    assert digest() == digest()
+    for threads in ("1", "3"):
+        program = "import sys; sys.path[:0] = ['.', 'tests']; import test_native; print(test_native.digest())"
+        environment = os.environ | {"NPROC": threads}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == digest(), done.stderr
+
+
+@pytest.mark.parametrize("T", [1, 12])
+def test_what_no_query_sees_is_not_read(T):
+    """Neither by the kernel for few queries nor by that for many: NaN lies before the window and behind the length."""
+    case = draw(83, T=T, S=300).astype(jnp.float32)
+    inputs = prepare(NATIVE, *case)
+    offset, lengths = jnp.array([200, 131]), jnp.array([201, 0])
+    mask = dataclasses.replace(inputs.mask, causal=True, window=(70, 0), offset=offset, key_lengths=lengths)
+    first, last = mask.key_range()
+    seen = (np.arange(300) >= np.asarray(first).min(1)[:, None]) & (np.arange(300) <= np.asarray(last).max(1)[:, None])
+    attend = jax.jit(NATIVE.attend)
+    outputs = []
+    for garbage in (0, np.nan):
+        key, value = (jnp.where(seen[:, None, :, None], x, garbage) for x in (inputs.key, inputs.value))
+        outputs.append(np.asarray(attend(dataclasses.replace(inputs, key=key, value=value, mask=mask))))
+    np.testing.assert_array_equal(*outputs)
+    assert np.any(outputs[0][0])
+    assert not np.any(outputs[0][1])
+
+
+def test_what_is_not_a_number_is_seen():
+    """A NaN that a query sees reaches its output, whatever its bits, and those of no other sequence."""
+    case = draw(84, T=12).astype(jnp.float32)
+    for bits in (0x7FC00000, 0x7FC00155, 0xFFC000FF):
+        nan = np.array(bits, np.uint32).view(np.float32)
+        output = attention.dot_product_attention(case.query, case.key.at[0, 5].set(nan), case.value, method=NATIVE)
+        assert np.all(np.isnan(output[0]))
+        assert np.all(np.isfinite(output[1]))
+
+
+def test_the_residual_has_a_gradient():
+    """That of log(sum(exp(q.k))) by q is the output whose values are the keys; its rounding is theirs."""
+    case = draw(85, T=9).astype(jnp.float32)
+    case = Case(case.query, case.key, case.key)
+
+    def total(query):
+        inputs = prepare(NATIVE, query, case.key, case.value, is_causal=True, scale=1.0)
+        return NATIVE.attend_with_residual(inputs)[1].sum()
+
+    expected, _ = oracle(*case, is_causal=True, scale=1.0)
+    error = np.linalg.norm(np.asarray(jax.jit(jax.grad(total))(case.query)) - expected, axis=-1)
+    # The weights are recomputed from the residual, whose rounding and that of a difference move them by as much again.
+    assert np.all(error <= 2 * rounding(NATIVE, case, is_causal=True, scale=1.0))
+
+
+def test_a_batch_by_vmap_has_the_same_bits():
+    case = [np.stack([x, 2 * x]) for x in map(np.asarray, CASE)]
+    together = jax.jit(jax.vmap(results))(*case)
+    for n in range(2):
+        for one, all_ in zip(results(*(x[n] for x in case)), together, strict=True):
+            np.testing.assert_array_equal(one, all_[n])
+
+
+def test_other_derivatives_are_refused():
+    query = jnp.ones((1, 3, 1, 4))
+
+    def attend(x):
+        return attention.dot_product_attention(x, query, query, method=NATIVE).sum()
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(attend, (query,), (query,))
+    with pytest.raises(attention.UnsupportedError, match=r"second order.*Chunked\(\)"):
+        jax.grad(lambda x: jax.grad(attend)(x).sum())(query)
+
+
+def test_it_works_within_scan_and_remat():
+    step = jax.checkpoint(lambda x, _: (attention.dot_product_attention(x, *CASE[1:], method=NATIVE), None))
+    gradient = jax.jit(jax.grad(lambda x: (jax.lax.scan(step, x, length=2)[0] * COTANGENT).sum()))(CASE.query)
+    once = jax.jit(lambda x: ungrouped(NATIVE.attend(prepare(Exact(), x, *CASE[1:])), x))
+    _, first = jax.vjp(once, CASE.query)
+    _, second = jax.vjp(once, once(CASE.query))
+    np.testing.assert_array_equal(gradient, first(second(jnp.asarray(COTANGENT))[0])[0])
