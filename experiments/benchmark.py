@@ -31,7 +31,7 @@ from experiments.runtime import environment, keep_memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exact:
-    """Chunked against jax.nn, and PyTorch where it is installed: time, rate and temporaries."""
+    """Fused against Chunked, jax.nn, and PyTorch where it is installed: time, rate and temporaries."""
 
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     """Tokens, T = S."""
@@ -52,14 +52,14 @@ class Exact:
     out: Path = Path("runs/benchmark/exact")
     """Folder for results.json, exact.svg and exact.png."""
 
-    mine: ClassVar[str] = "Chunked"
+    mine: ClassVar[str] = "Fused"
 
     def cells(self) -> list[Cell]:
         axes = itertools.product(self.head_sizes, self.directions, self.causal, self.lengths)
         return [Cell(T, way == "gradient", causal, self.heads, H, self.dtype) for H, way, causal, T in axes]
 
     def contestants(self, cell: Cell) -> dict[str, Contestant]:
-        return {self.mine: ours(cell, attention.Chunked())} | peers(cell)
+        return {self.mine: ours(cell, attention.Fused()), "Chunked": ours(cell, attention.Chunked())} | peers(cell)
 
     def measured(self) -> list[dict[str, Any]]:
         """One row a cell."""
@@ -79,6 +79,8 @@ class Tiles(Exact):
     out: Path = Path("runs/benchmark/tiles")
     """Folder for results.json, tiles.svg and tiles.png."""
 
+    mine: ClassVar[str] = "Chunked"
+
     def contestants(self, cell: Cell) -> dict[str, Contestant]:
         pairs = itertools.product(self.sizes, repeat=2)
         others = {f"{R} x {C}": ours(cell, attention.Chunked(query_chunk=R, key_chunk=C)) for R, C in pairs}
@@ -87,7 +89,7 @@ class Tiles(Exact):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode(Exact):
-    """One query over many keys, as in a decoding step: Chunked against jax.nn and PyTorch."""
+    """One query over many keys, as in a decoding step: Fused against Chunked, jax.nn and PyTorch."""
 
     lengths: tuple[int, ...] = (4096, 32768)
     """Keys, S."""

@@ -11,7 +11,12 @@ from experiments.contestants import Cell, Contestant, matrix_size
 from experiments.drawing import COLOURS
 from experiments.timing import interleaved, ratios, spread
 
-LOOKS = {"jax.nn": (COLOURS[1], "s"), "PyTorch": (COLOURS[0], "o"), "PyTorch, our layout": (COLOURS[5], "v")}
+LOOKS = {
+    "Chunked": (COLOURS[2], "^"),
+    "jax.nn": (COLOURS[1], "s"),
+    "PyTorch": (COLOURS[0], "o"),
+    "PyTorch, our layout": (COLOURS[5], "v"),
+}
 
 
 def raced(cell: Cell, contestants: dict[str, Contestant], mine: str, rounds: int, limit: float) -> dict[str, Any]:
