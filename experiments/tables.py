@@ -61,16 +61,16 @@ def reference() -> str:
 
 
 def races() -> str:
-    """How many times longer than `Chunked` its peers took, by problem and length: medians of the committed runs."""
+    """How many times longer than `Fused` the others took, by problem and length: medians of the committed runs."""
     cells = json.loads((RESULTS / "exact" / "results.json").read_text())["cells"]
     lengths = list(dict.fromkeys(cell["cell"]["length"] for cell in cells))
     found = {(cell["label"], cell["cell"]["length"]): cell["slower_than_ours"] for cell in cells}
     labels = list(dict.fromkeys(label for label, _ in found))
     rows = [
-        "| time / time of `Chunked` | " + " | ".join(f"T = {length:,}" for length in lengths) + " |",
+        "| time / time of `Fused` | " + " | ".join(f"T = {length:,}" for length in lengths) + " |",
         "|---|" + "---|" * len(lengths),
     ]
-    for name, label in itertools.product(("PyTorch", "jax.nn"), labels):
+    for name, label in itertools.product(("PyTorch", "Chunked", "jax.nn"), labels):
         ratios = (found[label, length].get(name) for length in lengths)
         shown = (f"{ratio['median']:.2f}" if ratio else "does not fit" for ratio in ratios)
         rows.append(f"| {name}, {label} | " + " | ".join(shown) + " |")
