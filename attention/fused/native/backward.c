@@ -23,7 +23,7 @@ typedef struct {
 
 static room room_for(const problem *p) {
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
-  const int64_t panels = p->G * (least(QUERIES, up_to(p->T, PANEL)) / PANEL), rows = panels * PANEL;
+  const int64_t panels = p->G * (block_of(p) / PANEL), rows = panels * PANEL;
   const int64_t sizes[] = {KEYS * wide_h,  KEYS * wide_e, KEYS * PANEL,  KEYS * PANEL,  KEYS * wide_h,
                            KEYS * wide_e,  rows * p->H,   rows * p->E,   rows * wide_h, rows * wide_e,
                            rows * wide_h,  rows,          rows,          (int64_t)(panels * sizeof(sight) + 3) / 4};
@@ -103,7 +103,7 @@ static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, i
 /* A block of queries: dQ whole, dK and dV added to the sums of a part. */
 static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t k, int64_t from, float *sums) {
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
-  const int64_t columns = (least(QUERIES, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
+  const int64_t columns = (least(block_of(p), p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
   for (int64_t i = 0; i < panels; i++) {
     prepare(p, r, i, b, k, i / columns, from + i % columns * PANEL);
@@ -138,8 +138,8 @@ static void part(const void *context, int64_t n) {
   const int64_t head = n / p->parts, size = p->S * (up_to(p->H, PANEL) + up_to(p->E, PANEL));
   float *sums = p->partial + n * size;
   memset(sums, 0, size * sizeof(float));
-  for (int64_t block = (p->T + QUERIES - 1) / QUERIES - 1 - n % p->parts; block >= 0; block -= p->parts)
-    block_of_queries(p, &r, head / p->K, head % p->K, block * QUERIES, sums);
+  for (int64_t block = blocks_of(p) - 1 - n % p->parts; block >= 0; block -= p->parts)
+    block_of_queries(p, &r, head / p->K, head % p->K, block * block_of(p), sums);
 }
 
 /* The sums of all parts of one key head, as the caller lays them out. */

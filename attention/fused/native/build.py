@@ -19,12 +19,13 @@ import numpy as np
 
 KEYS = 128  # of a tile: with a panel of queries their weights fill half of a first-level cache
 QUERIES = 256  # of a block, whose state stays in a second-level cache while all tiles of keys pass by
+ITEMS = 16  # that threads should have to share
 DEGREE = 6  # of the polynomial for 2^f
 
 SOURCES = Path(__file__).parent
 TARGETS = ("attention_lab_forward", "attention_lab_decode", "attention_lab_backward")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-sanitize=undefined", "-shared", "-fPIC")
-FLAGS += ("-pthread", "-fvisibility=hidden", f"-DKEYS={KEYS}", f"-DQUERIES={QUERIES}")
+FLAGS += ("-pthread", "-fvisibility=hidden", f"-DKEYS={KEYS}", f"-DQUERIES={QUERIES}", f"-DITEMS={ITEMS}")
 WHAT_TO_DO = "put gcc or clang on PATH, name a compiler in CC, or pip install attention-lab[native]"
 
 

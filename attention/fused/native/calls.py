@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attention.fused.native.build import QUERIES
+from attention.fused.native.build import ITEMS
 from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.method import UnsupportedError
 
 WIDTH = 32  # numbers, of which the rows of a backward pass's partial sums are at least a multiple
-PARTS, ITEMS = 8, 16  # the most partial sums a head has, and the items that there should be in all
+PARTS = 8  # the most partial sums that a head has
 FEW = 8  # queries, up to which their arithmetic one by one takes less time than that of a panel
 PART = 1024  # keys of an item, where queries are few
 
@@ -51,7 +51,15 @@ def _sight(mask: Mask, B: int) -> Sight:
     nothing = jnp.zeros((B, 0), jnp.int32)
     if mask.query_segments is None or mask.key_segments is None:
         return Sight(first, last, nothing, nothing)
-    return Sight(first, last, mask.query_segments.astype(jnp.int32), mask.key_segments.astype(jnp.int32))
+    return Sight(first, last, *_numbered(mask.query_segments, mask.key_segments))
+
+
+def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """Segment ids in 32 bits, equal where they were: by their ranks where they had more."""
+    if max(queries.dtype.itemsize, keys.dtype.itemsize) > 4:
+        known = jnp.sort(jnp.concatenate([queries, keys], axis=1))
+        queries, keys = (jax.vmap(jnp.searchsorted)(known, ids) for ids in (queries, keys))
+    return queries.astype(jnp.int32), keys.astype(jnp.int32)
 
 
 @jax.custom_vjp
@@ -81,7 +89,7 @@ def _gradients(query, key, value, sight: Sight, output, residual, d_output, d_re
     *batch, T, N, H = query.shape
     S, K, E = key.shape[-3], key.shape[-2], value.shape[-1]
     heads = query.size // (T * N * H) * K
-    parts = min(PARTS, -(-ITEMS // heads), -(-T // QUERIES))
+    parts = min(PARTS, -(-ITEMS // heads), -(-T // WIDTH))
     wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
     shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
     shapes.append(jax.ShapeDtypeStruct((*batch, K, S, wide, parts), jnp.float32))

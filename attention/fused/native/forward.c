@@ -14,10 +14,8 @@ typedef struct {
   sight *sights;
 } room;
 
-static int64_t panels_of(const problem *p) { return p->G * (least(QUERIES, up_to(p->T, PANEL)) / PANEL); }
-
 static room room_for(const problem *p) {
-  int64_t width = up_to(p->E, PANEL), panels = panels_of(p);
+  int64_t width = up_to(p->E, PANEL), panels = p->G * (block_of(p) / PANEL);
   int64_t sizes[] = {KEYS * p->H, KEYS * width,   KEYS * PANEL,  panels * p->H * PANEL, panels * PANEL * width,
                      panels * PANEL, panels * PANEL, (panels * sizeof(sight) + 3) / 4};
   float *parts[8];
@@ -85,10 +83,10 @@ static void finish(const problem *p, const room *r, int64_t panel, int64_t b, in
 static void item(const void *context, int64_t n) {
   const problem *p = context;
   const room r = room_for(p);
-  const int64_t blocks = (p->T + QUERIES - 1) / QUERIES, width = up_to(p->E, PANEL);
+  const int64_t size = block_of(p), width = up_to(p->E, PANEL);
   /* The last blocks first: where causality shortens the others, the short ones fill up the end. */
-  const int64_t b = n % (p->B * p->K) / p->K, k = n % p->K, from = (blocks - 1 - n / (p->B * p->K)) * QUERIES;
-  const int64_t columns = (least(QUERIES, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
+  const int64_t b = n % (p->B * p->K) / p->K, k = n % p->K, from = (blocks_of(p) - 1 - n / (p->B * p->K)) * size;
+  const int64_t columns = (least(size, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
 
   for (int64_t i = 0; i < panels; i++) {
@@ -115,5 +113,5 @@ static void item(const void *context, int64_t n) {
 }
 
 void forward(const problem *p, const threads *pool) {
-  share(pool, p->B * p->K * ((p->T + QUERIES - 1) / QUERIES), item, p);
+  share(pool, p->B * p->K * blocks_of(p), item, p);
 }

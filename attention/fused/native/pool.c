@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 /* What the helpers of one call share. The last of them to leave frees it: a helper that comes after the call has
@@ -80,6 +81,10 @@ void workspace(float **parts, const int64_t *sizes, int count) {
     free(mine->at);
     mine->at = aligned_alloc(128, size);
     mine->size = size;
+    if (!mine->at) {
+      fprintf(stderr, "attention: no memory for a workspace of %zu bytes\n", size);
+      abort();
+    }
   }
   char *at = mine->at;
   for (int i = 0; i < count; at += (sizes[i] * sizeof(float) + 127) / 128 * 128, i++) parts[i] = (float *)at;

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "vectors.h"
+#include "product.h"
 
 /* query, output: B T N H and B T N E; key, value: B S K H and B S K E; N = K G, head n = k G + g.
  * Query t sees keys first[b T + t] to last[b T + t], and of these only those with its segment, unless there are none.
@@ -33,5 +33,14 @@ INLINE int64_t at_level(const problem *p, int64_t b, int64_t k, int64_t g, int64
 INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
 INLINE int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/* Queries of a block, of each of the G heads: few where G is large, so that their state stays in a second-level cache,
+ * and where there would be fewer than ITEMS items to share; by the shapes alone, as the order of all sums is. */
+INLINE int64_t block_of(const problem *p) {
+  int64_t rows = up_to(most(QUERIES / p->G, 1), PANEL);
+  while (rows > PANEL && p->B * p->K * ((p->T + rows - 1) / rows) < ITEMS) rows = up_to(rows / 2, PANEL);
+  return least(rows, up_to(p->T, PANEL));
+}
+INLINE int64_t blocks_of(const problem *p) { return (p->T + block_of(p) - 1) / block_of(p); }
 
 #endif
