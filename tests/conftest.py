@@ -4,6 +4,7 @@ XLA optimizes little here, and by its shorter way through LLVM, which saves half
 `make campaign` runs the suite on programs as users have them.
 """
 
+import gc
 import itertools
 import os
 import statistics
@@ -47,6 +48,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU or a TPU, found the CPU"))
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look at it again at every turn."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
