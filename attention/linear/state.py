@@ -9,7 +9,7 @@ and the two sums are all that has to be kept of the keys.
 Feature maps are often exponentials, so a token brings phi = e^{log_scale} features with features of order one.
 The log_scale of a query cancels between numerator and denominator. Those of the keys are taken relative to
 their running maximum, carried with the state in powers of two: with l = log_scale / ln 2, r_t is a running
-maximum of numbers not below l_j and less than 1 above it, and row t meets only 2^{l_j - r_t} <= 1 with j <= t.
+maximum of numbers from l_j - 1/4 to below l_j + 3/4, and row t meets only 2^{l_j - r_t} <= 2^{1/4} with j <= t.
 Since r rises by whole numbers, what it rescales loses no bit, and 2^{l_j - r_t} = 2^{l_j - r_j} 2^{r_j - r_t} costs
 one exponential a token; the power of two in each entry of a causal C x C tile is an addition to an exponent's bits.
 No number of an earlier row depends on a later key, so causality holds bit for bit. r cancels exactly and has no
@@ -103,7 +103,7 @@ def absorb(state: LinearState, key: Features, value: Float[Array, "B K C E1"], l
     if last is not None:
         exponent = jnp.where(last.tokens[..., -1, :], exponent, -jnp.inf)
         start = jnp.where(last.state[..., -1], start, -jnp.inf)
-    level = jnp.maximum(start, jnp.ceil(lax.stop_gradient(exponent)).max(-1))
+    level = jnp.maximum(start, _whole(exponent).max(-1))
     above = jnp.where(jnp.isneginf(level), 0, level)
     scaled = key.features * _exp2(exponent - above[..., None])[..., None]
     sums = jnp.einsum("BKgCM,BKCE->BKgME", scaled, value, precision=HIGHEST)
@@ -123,7 +123,7 @@ def read_causally(
     base, start = _origin(state.top)
     exponent = key.log_scale / math.log(2) - base[..., None]
     start = jnp.where(sight.state, start[..., None], -jnp.inf)
-    raised = jnp.ceil(lax.stop_gradient(exponent))
+    raised = _whole(exponent)
     level = jnp.maximum(start, jnp.where(sight.tokens, raised[..., None, :], -jnp.inf).max(-1))
     level = jnp.where(jnp.isneginf(level), 0, level)
     rise = _power_of_two(level[..., None, :] - level[..., None])
@@ -138,6 +138,16 @@ def _origin(top: Float[Array, "B K g"]) -> tuple[Array, Array]:
     """What levels are counted from, and the level of the state: 0, or -inf where it has seen no key."""
     none = jnp.isneginf(top)
     return jnp.where(none, 0, top), jnp.where(none, -jnp.inf, jnp.zeros_like(top))
+
+
+def _whole(exponent: Array) -> Array:
+    """The whole number from 1/4 below an exponent to less than 3/4 above it.
+
+    A compiler may compute an exponent anew in each loop that reads it, with another rounding, and all loops must find
+    the same level. Zero keys have the whole or half exponents log2 M^-1/2 of M = 2^i features; a plain ceil has its
+    step there.
+    """
+    return jnp.ceil(lax.stop_gradient(exponent) - 0.25)
 
 
 def _exp2(exponent: Array) -> Array:

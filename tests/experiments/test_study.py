@@ -1,6 +1,7 @@
 """Every study from its command line, in its small form, and what its numbers mean."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -14,8 +15,16 @@ from experiments.study_figures import best
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("studies")
+def finished(tmp_path_factory):
+    """Runs the small form of a study, once; the folder of its results."""
+    folder = tmp_path_factory.mktemp("studies")
+
+    @functools.cache
+    def run(name):
+        assert main([name, "--smoke", "--folder", str(folder)]) == 0
+        return folder / f"{name}-smoke" / "study"
+
+    return run
 
 
 # Those that compile most are run by the campaign.
@@ -24,32 +33,28 @@ SMALL = [pytest.param(x, marks=[pytest.mark.campaign] if x in LONGER else []) fo
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_small_form_runs(name, folder):
-    arguments = [name, "--smoke", "--folder", str(folder)]
-    assert main(arguments) == 0
-    out = folder / f"{name}-smoke" / "study"
+def test_the_small_form_runs(name, finished):
+    out = finished(name)
     assert {path.name for path in out.iterdir()} == {"results.json", "page.html", f"{name}.svg", f"{name}.png"}
     before = (out / "results.json").read_bytes()
     record = json.loads(before)
     assert record["summary"] == summarised(record["rows"])
     assert all(row["numbers"] for row in record["rows"])
-    assert str(folder) not in before.decode() + (out / "page.html").read_text()
+    assert str(out.parents[1]) not in before.decode() + (out / "page.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["sinks", "train_T_x_eval_T"])  # a sweep, and runs with checkpoints
-def test_a_finished_point_is_not_trained_again(name, folder, monkeypatch):
-    arguments = [name, "--smoke", "--folder", str(folder)]
-    assert main(arguments) == 0
-    out = folder / f"{name}-smoke" / "study" / "results.json"
-    before = out.read_bytes()
+def test_a_finished_point_is_not_trained_again(name, finished, monkeypatch):
+    out = finished(name)
+    before = (out / "results.json").read_bytes()
 
     def refused(*_, **__):
         raise AssertionError("a finished point was trained again")
 
     monkeypatch.setattr("experiments.campaign.train_together", refused)
     monkeypatch.setattr("experiments.train._Session.loop", refused)
-    assert main(arguments) == 0
-    assert out.read_bytes() == before
+    assert main([name, "--smoke", "--folder", str(out.parents[1])]) == 0
+    assert (out / "results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", study_names())
