@@ -66,12 +66,20 @@ def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[
 def _attention(query, key, value, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     *batch, T, N, _ = query.shape
     S, E = key.shape[-3], value.shape[-1]
-    shapes = [jax.ShapeDtypeStruct((*batch, T, N, E), jnp.float32), jax.ShapeDtypeStruct((*batch, N, T), jnp.float32)]
+    shapes = [_like(query, *batch, T, N, E), _like(query, *batch, N, T)]
     if T <= FEW:
-        shapes.append(jax.ShapeDtypeStruct((*batch, N * T * (E + 2), -(-S // PART)), jnp.float32))
+        shapes.append(_like(query, *batch, N * T * (E + 2), -(-S // PART)))
     name = "attention_lab_decode" if T <= FEW else "attention_lab_forward"
     output, residual, *_ = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")(query, key, value, *sight)
     return output, residual
+
+
+def _like(x: Float[Array, "..."], *shape: int) -> Any:
+    """The type of a result of another shape, which varies over the axes of a mesh that `x` varies over."""
+    kind = jax.typeof(x)
+    mesh = kind.sharding.mesh
+    where = None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where, manual_axis_type=kind.manual_axis_type)
 
 
 def _forward(query, key, value, sight: Sight):
@@ -91,8 +99,8 @@ def _gradients(query, key, value, sight: Sight, output, residual, d_output, d_re
     heads = query.size // (T * N * H) * K
     parts = min(PARTS, -(-ITEMS // heads), -(-T // WIDTH))
     wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
-    shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
-    shapes.append(jax.ShapeDtypeStruct((*batch, K, S, wide, parts), jnp.float32))
+    shapes = [_like(x, *x.shape) for x in (query, key, value)]
+    shapes.append(_like(query, *batch, K, S, wide, parts))
     call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
     *gradients, _ = call(query, key, value, *sight, output, residual, d_output, d_residual)
     return tuple(gradients)

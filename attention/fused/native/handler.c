@@ -14,11 +14,11 @@ static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *messag
 static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int n) { return frame->args.args[n]; }
 static void *result(const XLA_FFI_CallFrame *frame, int n) { return ((XLA_FFI_Buffer *)frame->rets.rets[n])->data; }
 
-/* XLA asks for the version of the interface before it calls. */
+/* XLA asks for the version of the interface before it calls. The type of an extension has another name in each version. */
 static int told_version(const XLA_FFI_CallFrame *frame) {
-  const XLA_FFI_Extension_Base *extension = frame->extension_start;
-  if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
-  XLA_FFI_Metadata *metadata = ((const XLA_FFI_Metadata_Extension *)extension)->metadata;
+  const XLA_FFI_Metadata_Extension *extension = (const void *)frame->extension_start;
+  if (!extension || extension->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
+  XLA_FFI_Metadata *metadata = extension->metadata;
   metadata->api_version.major_version = XLA_FFI_API_MAJOR;
   metadata->api_version.minor_version = XLA_FFI_API_MINOR;
   return 1;
