@@ -148,6 +148,20 @@ def test_a_batch_by_vmap_has_the_same_bits():
             np.testing.assert_array_equal(one, all_[n])
 
 
+def test_it_works_within_shard_map():
+    """On one device: what is tested is that results and gradients vary over the axes that their operands vary over."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def both(*case):
+        output, pull = jax.vjp(lambda *x: attention.dot_product_attention(*x, method=NATIVE), *case)
+        return output, *pull(output)
+
+    inside = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=spec, out_specs=spec))
+    for one, other in zip(jax.jit(both)(*CASE), inside(*CASE), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_segments_of_64_bits_are_told_apart():
     """Ids that are equal in their last 32 bits."""
     case = draw(86, B=1, T=6, S=6).astype(jnp.float32)
