@@ -7,7 +7,7 @@ import pkgutil
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -38,17 +38,26 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a study measures with: its axes, and where they are trained."""
+    """What a study measures with: its axes, where they are trained, and how many side by side, as `sweep` has it."""
 
     sweep: Sweep | None
     preset: str
     description: str
     command: str
+    population: Literal["auto", "vmap", "loop"] = "auto"
+    lanes: int = 16
 
     def swept(self) -> Results:
         """Trains all points as a sweep and returns their curves; `experiments.report` draws them, too."""
         sweep = self._planned()
-        plan = make_plan(sweep, preset=self.preset, description=self.description, command=self.command)
+        plan = make_plan(
+            sweep,
+            preset=self.preset,
+            description=self.description,
+            command=self.command,
+            population=self.population,
+            lanes=self.lanes,
+        )
         return execute(plan, Console(stderr=True))
 
     def trained(self) -> list[tuple[dict[str, Any], Path]]:

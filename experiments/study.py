@@ -12,7 +12,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from markupsafe import Markup
@@ -35,6 +35,11 @@ class Options:
     """The study: a module of `configs/studies/`."""
     smoke: tyro.conf.FlagCreatePairsOff[bool] = False
     """Run its small form, which shows that everything works and nothing else."""
+    population: Literal["auto", "vmap", "loop"] = "auto"
+    """How the points of a sweep's program are trained: side by side under vmap, one after the other, or as suits the
+    device."""
+    lanes: int = 16
+    """Points side by side under vmap, at most."""
     folder: Path = Path("runs")
     """Where runs are kept."""
     out: Path | None = None
@@ -51,11 +56,20 @@ def run_study(options: Options) -> Path:
     """
     study, description = load_study(options.name, smoke=options.smoke)
     name = f"{options.name}-smoke" if options.smoke else options.name
-    command = f"python -m experiments.study {options.name}" + (" --smoke" if options.smoke else "")
+    command = _command(options)
     sweep = study.sweep
     if sweep is not None:
         sweep = Sweep(base=dataclasses.replace(sweep.base, name=name, folder=options.folder), axes=sweep.axes)
-    rows = study.measure(Work(sweep=sweep, preset=name, description=description, command=command))
+    rows = study.measure(
+        Work(
+            sweep=sweep,
+            preset=name,
+            description=description,
+            command=command,
+            population=options.population,
+            lanes=options.lanes,
+        )
+    )
     out = options.out or options.folder / name / "study"
     out.mkdir(parents=True, exist_ok=True)
     record = {"study": options.name, "smoke": options.smoke, "command": command, **_conditions(sweep)}
@@ -67,6 +81,15 @@ def run_study(options: Options) -> Path:
     caption = " ".join((study.figure.__doc__ or "").split())
     write_text(out / "page.html", page(record, description, files["svg"], caption))
     return out
+
+
+def _command(options: Options) -> str:
+    """What makes the results again, but for the folders."""
+    words = ["python -m experiments.study", options.name, *(["--smoke"] if options.smoke else [])]
+    for name in ("population", "lanes"):
+        if (value := getattr(options, name)) != getattr(Options, name):
+            words.append(f"--{name} {value}")
+    return " ".join(words)
 
 
 def page(record: dict[str, Any], description: str, svg: bytes, caption: str) -> str:
