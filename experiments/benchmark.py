@@ -23,7 +23,19 @@ from rich.progress import track
 from rich.table import Table
 
 import attention
-from experiments import certified, coverage, features, linear, memory, probe_cost, race, sparse, temperature, throughput
+from experiments import (
+    certified,
+    coverage,
+    features,
+    linear,
+    memory,
+    probe_cost,
+    race,
+    side_by_side,
+    sparse,
+    temperature,
+    throughput,
+)
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
 from experiments.files import write_bytes, write_json
 from experiments.runtime import environment, keep_memory
@@ -161,6 +173,7 @@ Benchmark = (
     | Annotated[linear.Linear, tyro.conf.subcommand("linear")]
     | Annotated[features.Features, tyro.conf.subcommand("features")]
     | Annotated[probe_cost.Probes, tyro.conf.subcommand("probes")]
+    | Annotated[side_by_side.Population, tyro.conf.subcommand("population")]
 )
 
 
