@@ -112,3 +112,17 @@ def make_step(run: Run, parameters: dict[str, np.ndarray], *, compiled: bool) ->
         return loss.item()
 
     return step
+
+
+def attention_alone(query: Any, key: Any, value: Any, cotangent: Any, batch: int) -> Callable[[], Any]:
+    """The gradient of one layer's attention, of operands `1 T N H` repeated along the batch axis."""
+    arrays = (torch.tensor(x).transpose(1, 2).repeat(batch, 1, 1, 1) for x in (query, key, value, cotangent))
+    *operands, cotangent = arrays
+    for operand in operands:
+        operand.requires_grad_()
+
+    def call():
+        attended = functional.scaled_dot_product_attention(*operands, is_causal=True)
+        return torch.autograd.grad((attended * cotangent).sum(), operands)
+
+    return call

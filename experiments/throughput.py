@@ -23,6 +23,7 @@ from experiments.runtime import compiler_options
 from experiments.steps import levers
 from experiments.timing import interleaved, spread
 
+LEFT_OUT = "without attention"
 MODEL = config.Model(layers=4, width=128, heads=4, kv_heads=4, mlp_width=384, context=256)
 
 
@@ -31,7 +32,7 @@ class Throughput:
     """Tokens per second of a training step: this trainer with each method, and PyTorch with its fused attention."""
 
     methods: tuple[str, ...] = ("Chunked", "Exact", "Fused(implementation='xla')")
-    """Methods of attention."""
+    """Methods of attention; what a method takes of a step is measured twice, alone and by leaving it out."""
     model: config.Model = MODEL
     """The model of all contestants."""
     batch: int = 16
@@ -46,12 +47,14 @@ class Throughput:
     def measured(self) -> list[dict[str, Any]]:
         """One row a contestant: rates, two losses, compilation, memory, and what attention takes of a step."""
         tokens = np.random.default_rng(0).integers(0, 256, (self.batch, self.model.context + 1), np.uint8)
-        ours = {repr(run.attention): Ours(run, tokens) for run in map(self._run, self.methods)}
-        theirs = pytorch(self._run(self.methods[0]), next(iter(ours.values())).parameters, tokens)
+        methods = [attention.parse_method(method) for method in self.methods]
+        ours = {repr(method): Ours(self._run(method), tokens) for method in methods}
+        left_out = Ours(self._run(LeftOut()), tokens)
+        theirs = pytorch(self._run(methods[0]), left_out.parameters, tokens)
         everyone = ours | theirs
         losses = {name: [one.call(), one.call()] for name, one in everyone.items()}
-        alone = {f"attention of {name}": one.attention for name, one in everyone.items() if one.attention}
-        calls = {name: one.call for name, one in everyone.items()} | alone
+        alone = {f"attention of {name}": one.attention for name, one in everyone.items()}
+        calls = {name: one.call for name, one in everyone.items()} | alone | {LEFT_OUT: left_out.call}
         seconds = interleaved(calls, self.rounds, self.seconds)
         peer = next(iter(theirs), None)
         share = attention_share(self.model)
@@ -63,16 +66,28 @@ class Throughput:
                 "speed_of_pytorch": spread(np.asarray(seconds[peer]) / np.asarray(seconds[name])) if peer else None,
                 "losses": losses[name],
                 "attention_share_of_operations": share,
-                "attention_share_of_time": _share(seconds, name, self.model.layers),
+                "attention_share_of_time": _share_alone(seconds, name, self.model.layers),
+                "share_without": _share_without(seconds, name) if name in ours else None,
                 **one.about,
             }
             for name, one in everyone.items()
         ]
 
-    def _run(self, method: str) -> config.Run:
-        return config.Run(
-            attention=attention.parse_method(method), model=self.model, data=config.Data(batch=self.batch)
-        )
+    def _run(self, method: attention.Method) -> config.Run:
+        return config.Run(attention=method, model=self.model, data=config.Data(batch=self.batch))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeftOut(attention.Method, register=False):
+    """No attention: the sum of each token's own query, key and value, so that a step has everything else to do."""
+
+    capabilities = attention.Capabilities(causal=True)
+
+    def attend(self, inputs):
+        return inputs.query + (inputs.key + inputs.value)[:, :, None]
+
+    def cost(self, T, S, *, num_heads, head_dim, is_causal=False):
+        return attention.Cost(0.0, 4.0 * 4 * T * num_heads * head_dim)
 
 
 class Ours:
@@ -94,21 +109,24 @@ class Ours:
 
 @dataclasses.dataclass(frozen=True)
 class Theirs:
-    """A step of a peer."""
+    """A step of a peer, and the gradient of its attention alone."""
 
     call: Callable[[], float]
-    attention: None = None
+    attention: Callable[[], Any]
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def attention_alone(run: config.Run, batch: int) -> Callable[[], Any]:
     """The gradient of one layer's attention at the shapes of the run."""
-    model = run.model
-    cell = Cell(model.context, True, True, model.heads, model.width // model.heads)
+    cell = _cell(run.model)
     *operands, cotangent = (jnp.repeat(jnp.asarray(x), batch, axis=0) for x in cell.operands())
     attend = functools.partial(attention.dot_product_attention, method=run.attention, is_causal=True)
     function = jax.jit(loss_of(cell, attend, cotangent), compiler_options=compiler_options())
     return lambda: jax.block_until_ready(function(*operands))
+
+
+def _cell(model: config.Model) -> Cell:
+    return Cell(model.context, True, True, model.heads, model.width // model.heads)
 
 
 def attention_share(model: config.Model) -> float:
@@ -131,13 +149,20 @@ def pytorch(run: config.Run, parameters: dict[str, np.ndarray], tokens: np.ndarr
     for name, compiles in (("PyTorch", False), ("PyTorch, compiled", True)):
         start = time.perf_counter()
         step = pytorch_model.make_step(run, parameters, compiled=compiles)
-        found[name] = Theirs(functools.partial(step, tokens), about={"compile_seconds": time.perf_counter() - start})
+        found[name] = Theirs(
+            functools.partial(step, tokens),
+            pytorch_model.attention_alone(*_cell(run.model).operands(), len(tokens)),
+            about={"compile_seconds": time.perf_counter() - start},
+        )
     return found
 
 
-def _share(seconds: dict[str, list[float]], name: str, layers: int) -> dict[str, float] | None:
-    alone = seconds.get(f"attention of {name}")
-    return None if alone is None else spread(layers * np.asarray(alone) / np.asarray(seconds[name]))
+def _share_alone(seconds: dict[str, list[float]], name: str, layers: int) -> dict[str, float]:
+    return spread(layers * np.asarray(seconds[f"attention of {name}"]) / np.asarray(seconds[name]))
+
+
+def _share_without(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
+    return spread(1 - np.asarray(seconds[LEFT_OUT]) / np.asarray(seconds[name]))
 
 
 def figure(results: list[dict[str, Any]]) -> Figure:
@@ -162,15 +187,12 @@ def figure(results: list[dict[str, Any]]) -> Figure:
 def table(results: list[dict[str, Any]]) -> Table:
     """The same numbers for a terminal."""
     share = results[0]["attention_share_of_operations"]
-    shown = Table("contestant", "tokens / s", "speed of PyTorch", "attention's share of time", "second loss")
-    shown.caption = f"attention's share of the operations: {share:.2f}"
+    shown = Table("contestant", "tokens / s", "speed of PyTorch", "share alone", "share left out", "second loss")
+    shown.caption = (
+        f"attention's share of the operations: {share:.2f}; of the time, as measured alone and by leaving it out"
+    )
     for row in results:
-        ratio, part = row["speed_of_pytorch"], row["attention_share_of_time"]
-        shown.add_row(
-            row["contestant"],
-            f"{row['tokens_per_second']['median']:.0f}",
-            "-" if ratio is None else f"{ratio['median']:.2f}",
-            "-" if part is None else f"{part['median']:.2f}",
-            f"{row['losses'][1]:.6f}",
-        )
+        parts = (row[name] for name in ("speed_of_pytorch", "attention_share_of_time", "share_without"))
+        told = ("-" if part is None else f"{part['median']:.2f}" for part in parts)
+        shown.add_row(row["contestant"], f"{row['tokens_per_second']['median']:.0f}", *told, f"{row['losses'][1]:.6f}")
     return shown
