@@ -66,8 +66,8 @@ class Throughput:
                 "speed_of_pytorch": spread(np.asarray(seconds[peer]) / np.asarray(seconds[name])) if peer else None,
                 "losses": losses[name],
                 "attention_share_of_operations": share,
-                "attention_share_of_time": _share_alone(seconds, name, self.model.layers),
-                "share_without": _share_without(seconds, name) if name in ours else None,
+                "attention_share_of_time": share_alone(seconds, name, self.model.layers),
+                "share_without": share_without(seconds, name) if name in ours else None,
                 **one.about,
             }
             for name, one in everyone.items()
@@ -79,15 +79,16 @@ class Throughput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeftOut(attention.Method, register=False):
-    """No attention: the sum of each token's own query, key and value, so that a step has everything else to do."""
+    """No attention: each token's own value times its own score, so that a step has everything else to do."""
 
     capabilities = attention.Capabilities(causal=True)
 
     def attend(self, inputs):
-        return inputs.query + (inputs.key + inputs.value)[:, :, None]
+        own = (inputs.query * inputs.key[:, :, None]).sum(-1, keepdims=True)
+        return own * inputs.value[:, :, None]
 
     def cost(self, T, S, *, num_heads, head_dim, is_causal=False):
-        return attention.Cost(0.0, 4.0 * 4 * T * num_heads * head_dim)
+        return attention.Cost(3.0 * T * num_heads * head_dim, 4.0 * 4 * T * num_heads * head_dim)
 
 
 class Ours:
@@ -157,11 +158,13 @@ def pytorch(run: config.Run, parameters: dict[str, np.ndarray], tokens: np.ndarr
     return found
 
 
-def _share_alone(seconds: dict[str, list[float]], name: str, layers: int) -> dict[str, float]:
+def share_alone(seconds: dict[str, list[float]], name: str, layers: int) -> dict[str, float]:
+    """The time of every layer's attention alone, as a share of a step's."""
     return spread(layers * np.asarray(seconds[f"attention of {name}"]) / np.asarray(seconds[name]))
 
 
-def _share_without(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
+def share_without(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
+    """The share of a step's time that it saves to leave attention out."""
     return spread(1 - np.asarray(seconds[LEFT_OUT]) / np.asarray(seconds[name]))
 
 

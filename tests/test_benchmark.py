@@ -1,16 +1,21 @@
 """The benchmark runs end to end, races every contestant on the same problem, and writes whole files."""
 
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import attention
-from experiments import benchmark, probe_cost, temperature
+from experiments import benchmark, probe_cost, side_by_side, temperature, throughput
+from experiments.axes import product
 from experiments.config import Model
 from experiments.contestants import Cell, jax_nn, ours
 from experiments.linear import crossover
 from experiments.operand_files import Layer, save
+from experiments.presets import Sweep
+from experiments.studies import SMALL as SMALL_RUN
 from experiments.timing import interleaved, ratios
 
 # The second compiles most.
@@ -148,8 +153,40 @@ def test_a_trainers_speed_is_measured(tmp_path):
     # The definition: of each layer 7 products of N H T (T + 1) / 2 with tiles, and 3 of every weight.
     tiles, weights = 7 * 16 * 16 * 17 / 2, 3 * 16 * (4 * 16**2 + 3 * 16**2 + 16 * 256)
     assert ours["attention_share_of_operations"] == pytest.approx(tiles / (tiles + weights))
+    assert ours["share_without"]["median"] < 1
     for peer in theirs:  # the same model: what it loses before and after a step is the same
         np.testing.assert_allclose(peer["losses"], ours["losses"], rtol=1e-4)
+
+
+def test_shares_of_attention_are_of_the_same_rounds():
+    """Two layers of 0.06 s in a step of 0.4 s are 0.3 of it; if 0.3 s are left without attention, it takes 0.25."""
+    seconds = {"x": [0.4, 0.8], "attention of x": [0.06, 0.12], throughput.LEFT_OUT: [0.3, 0.6]}
+    assert throughput.share_alone(seconds, "x", 2)["median"] == pytest.approx(0.3, rel=1e-12)
+    assert throughput.share_without(seconds, "x")["median"] == pytest.approx(0.25, rel=1e-12)
+
+
+def test_what_stands_for_attention_reads_queries_keys_and_values_and_is_no_choice():
+    operands = np.random.default_rng(0).standard_normal((3, 1, 5, 2, 4)).astype(np.float32)
+    call = functools.partial(attention.dot_product_attention, method=throughput.LeftOut(), is_causal=True)
+    for gradient in jax.grad(lambda *x: call(*x).sum(), (0, 1, 2))(*operands):
+        assert np.abs(gradient).min() > 0
+    assert "leftout" not in attention.METHODS
+
+
+def test_a_population_is_measured_against_a_loop(tmp_path, monkeypatch, capsys):
+    sweep = Sweep(base=SMALL_RUN, axes=product(attention=["Exact", "TopK(k=2)"], temperature=[1.0, 2.0, 4.0]))
+    monkeypatch.setattr(side_by_side, "preset_names", lambda: ["small"])
+    monkeypatch.setattr(side_by_side, "load_preset", lambda name: (sweep, ""))
+    options = "--sweeps small --members 1 3 8 --rounds 1"
+    benchmark.main(["population", *options.split(), "--out", str(tmp_path)])
+    one, three = json.loads((tmp_path / "results.json").read_text())["cells"]  # a program has no 8 points
+    assert (one["members"], three["members"]) == (1, 3)
+    for row in (one, three):
+        assert row["attention"] == "Exact()"
+        assert row["loop_over_vmap"]["median"] > 0
+        assert row["compile_seconds"]["loop"] == one["compile_seconds"]["loop"]
+    assert three["temporary_bytes"]["vmap"] > one["temporary_bytes"]["vmap"]
+    assert "population.png" in capsys.readouterr().out
 
 
 @pytest.mark.campaign
