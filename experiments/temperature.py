@@ -8,22 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+import tyro
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import attention
 from attention.method import METHODS, Method
-from experiments.drawing import COLOURS, MARKERS
+from experiments.budgets import within, work
 from experiments.operand_files import concatenated, load
 from experiments.operands import Operands, normal, trained
+from experiments.temperature_figures import figure, table
 
-# A colour a method: those of the other figures, and six between them.
-PALETTE = (*COLOURS, "#5B2C83", "#7F7F7F", "#8C4A2F", "#1B1B1F", "#A6A000", "#B2182B")
-
-FILLS = ("full", "none", "left")  # of the markers of one class's configurations
+TOLERANCES = (0.1, 0.01, 0.001)  # of certificates, in radii of the values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +46,8 @@ class Temperature:
     """Tokens of the language model's sequences."""
     operands: tuple[Path, ...] = ()
     """Files of `python -m experiments.capture`; one panel each, after the others."""
+    by_layer: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Whether each layer of a file is a panel of its own."""
     seed: int = 0
     """Draws operands, parameters and constants."""
     out: Path = Path("runs/benchmark/temperature")
@@ -59,9 +57,14 @@ class Temperature:
         found = [normal(T, self.head_size, self.seed) for T in self.lengths]
         if self.steps:
             found.append(trained(self.context, self.steps, self.seed))
-        found += [concatenated(load(path)) for path in self.operands]
+        for layers in map(load, self.operands):
+            found += _numbered(layers) if self.by_layer else [concatenated(layers)]
         also = tuple(attention.parse_method(expression) for expression in self.also)
         return [errors(operands, self.temperatures, self.budget, also, self.seed) for operands in found]
+
+
+def _numbered(layers: list[Operands]) -> list[Operands]:
+    return [layer._replace(name=f"{layer.name}, layer {depth}") for depth, layer in enumerate(layers)]
 
 
 def errors(
@@ -85,21 +88,11 @@ def errors(
         heads, size = operands.query.shape[-2:]
         params = method.init(jax.random.key(seed), num_heads=heads, head_dim=size)
         call = jax.jit(lambda t, params, *case, method=method: attend(method, case, params, t, operands.causal))
-        found = [call(t, params, *case) for t in temperatures]
-        error = [np.asarray(output, np.float64) - exact for (output, _), exact in zip(found, truth, strict=True)]
-        row = {
-            "share_of_exact_operations": share,
-            "relative_error": [
-                float(np.linalg.norm(e) / np.linalg.norm(exact)) for e, exact in zip(error, truth, strict=True)
-            ],
-            "error_over_radius": [float(np.median(np.linalg.norm(e, axis=-1))) / radius for e in error],
-        }
+        found = [jax.tree.map(np.asarray, call(t, params, *case)) for t in temperatures]
+        error = [output.astype(np.float64) - exact for (output, _), exact in zip(found, truth, strict=True)]
+        rows[repr(method)] = {"share_of_exact_operations": share} | compared(error, truth, radius)
         if method.capabilities.certificate != "none":
-            bounds = [np.asarray(bound, np.float64) / radius for _, bound in found]
-            row["bound_over_radius"] = [float(np.median(bound)) for bound in bounds]
-            row["largest_bound_over_radius"] = [float(bound.max()) for bound in bounds]
-            row["rows_certified_to_0.1"] = [float((bound <= 0.1).mean()) for bound in bounds]
-        rows[repr(method)] = row
+            rows[repr(method)] |= certified(error, [certificate for _, certificate in found], radius)
     seen = jax.jit(lambda t, *case: attention.diagnostics(*case[:2], k=16, temperature=t, is_causal=operands.causal))
     sharpness = [seen(t, *case) for t in temperatures]
     return {
@@ -114,89 +107,38 @@ def errors(
     }
 
 
-def attend(method: Method, case, params: Any, temperature, causal: bool) -> tuple[jax.Array, jax.Array]:
-    """The output, and the bound on its error (NaN for a method without certificates)."""
+def attend(method: Method, case, params: Any, temperature, causal: bool) -> tuple[jax.Array, Any]:
+    """The output, and the bound on its error with the share of the keys that were read, where there is one."""
     options: dict[str, Any] = {"params": params, "temperature": temperature, "is_causal": causal}
     if method.capabilities.certificate == "none":
-        return attention.dot_product_attention(*case, method=method, **options), jnp.full((), jnp.nan)
+        return attention.dot_product_attention(*case, method=method, **options), None
     output, certificate = attention.certified_attention(*case, method=method, **options)
-    return output, certificate.error_bound
+    return output, (certificate.error_bound, certificate.work)
 
 
-def within(cls: type[Method], operands: Operands, budget: float) -> tuple[Method, float] | None:
-    """The costliest configuration within the budget, of the default and its ladder; the cheapest if there is none.
-
-    With its operations as a share of those of exact attention. None for exact methods, and for those that cannot take
-    these operands.
-    """
-    can = cls.capabilities
-    if can.exact or (operands.causal and not can.causal):
-        return None
-    shares = {method: work(method, operands) for method in (cls(), *cls().ladder(operands.key.shape[1]))}
-    affordable = {method: share for method, share in shares.items() if share <= budget}
-    if affordable:
-        return max(affordable.items(), key=lambda pair: pair[1])
-    return min(shares.items(), key=lambda pair: pair[1])
+def compared(error: list[np.ndarray], truth: list[np.ndarray], radius: float) -> dict[str, Any]:
+    """The size of errors `B T N E` at each temperature: relative to the output, and of the median row in radii."""
+    pairs = zip(error, truth, strict=True)
+    return {
+        "relative_error": [float(np.linalg.norm(e) / np.linalg.norm(exact)) for e, exact in pairs],
+        "error_over_radius": [float(np.median(np.linalg.norm(e, axis=-1))) / radius for e in error],
+    }
 
 
-def work(method: Method, operands: Operands) -> float:
-    """The operations of a method as a share of those of exact attention."""
-    _, T, N, H = operands.query.shape
-    S, sizes = operands.key.shape[1], {"num_heads": N, "head_dim": H, "is_causal": operands.causal}
-    return method.cost(T, S, **sizes).flops / attention.Exact().cost(T, S, **sizes).flops
+def certified(error: list[np.ndarray], certificates: list[Any], radius: float) -> dict[str, Any]:
+    """What certificates say at each temperature, and how loose they are where there is an error."""
+    bounds = [bound.astype(np.float64) for bound, _ in certificates]
+    sizes = [np.linalg.norm(e, axis=-1) for e in error]
+    ratios = [bound[size > 0] / size[size > 0] for bound, size in zip(bounds, sizes, strict=True)]
+    found = {
+        "bound_over_radius": [float(np.median(bound)) / radius for bound in bounds],
+        "largest_bound_over_radius": [float(bound.max()) / radius for bound in bounds],
+        "bound_over_error": [float(np.median(ratio)) if ratio.size else None for ratio in ratios],
+        "share_of_keys_read": [float(share) for _, share in certificates],
+    }
+    for tolerance in TOLERANCES:
+        found[f"rows_certified_to_{tolerance:g}"] = [float((bound <= tolerance * radius).mean()) for bound in bounds]
+    return found
 
 
-def figure(results: list[dict[str, Any]]) -> Figure:
-    """Above, the error relative to the output's norm; below, median error (lines) and median bound (dotted), in radii \
-of the values. Methods beyond the budget are dashed."""
-    drawing = Figure(figsize=(6.2 * len(results), 10), layout="constrained")
-    grid = drawing.subplots(2, len(results), squeeze=False, sharex="col")
-    names = list(dict.fromkeys(name for result in results for name in result["methods"]))
-    classes = list(dict.fromkeys(name.partition("(")[0] for name in names))
-    for (above, below), result in zip(grid.T, results, strict=True):
-        temperatures, drawn = result["temperatures"], []
-        for name, row in result["methods"].items():
-            place = classes.index(name.partition("(")[0])
-            share = row["share_of_exact_operations"]
-            style: Any = {
-                "color": PALETTE[place % len(PALETTE)],
-                "marker": MARKERS[place % len(MARKERS)],
-                "markersize": 4,
-                "fillstyle": FILLS[drawn.count(place) % len(FILLS)],
-                "linestyle": "-" if share <= result["budget"] else "--",
-            }
-            drawn.append(place)
-            above.plot(temperatures, row["relative_error"], label=f"{name}: {share:.2g}", **style)
-            below.plot(temperatures, row["error_over_radius"], **style)
-            if "bound_over_radius" in row:
-                below.plot(temperatures, row["bound_over_radius"], **(style | {"linestyle": ":"}))
-        for axes in (above, below):
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:g}"))
-            axes.grid(alpha=0.25)
-        above.set_title(result["operands"], fontsize=10)
-        above.set_ylabel("|error| / |exact output|")
-        below.set_ylabel("median error (bound: dotted) / radius of the values")
-        below.set_xlabel("temperature")
-        below.legend(
-            *above.get_legend_handles_labels(),
-            title="operations of each method / those of exact attention",
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.14),
-            frameon=False,
-            fontsize=8,
-            title_fontsize=8,
-        )
-    return drawing
-
-
-def table(results: list[dict[str, Any]]) -> Table:
-    """The relative errors for a terminal."""
-    temperatures = results[0]["temperatures"]
-    shown = Table("operands", "method", "work", *(f"T = {t:g}" for t in temperatures), title="relative error")
-    for result in results:
-        for name, row in result["methods"].items():
-            numbers = (f"{error:.2g}" for error in row["relative_error"])
-            shown.add_row(result["operands"], name, f"{row['share_of_exact_operations']:.2g}", *numbers)
-    return shown
+__all__ = ["Temperature", "errors", "figure", "table"]

@@ -165,6 +165,19 @@ def test_shares_of_attention_are_of_the_same_rounds():
     assert throughput.share_without(seconds, "x")["median"] == pytest.approx(0.25, rel=1e-12)
 
 
+def test_certificates_are_counted_and_compared_with_errors_that_are_there():
+    """Of four rows with errors 0, 1, 1, 2 and bounds 0.5, 2, 3, 4: ratios 2, 3, 2; radius 10, 0.1 of it is 1."""
+    error = np.zeros((1, 4, 1, 3))
+    error[0, :, 0, 1] = 0, 1, -1, 2
+    bounds = np.array([0.5, 2, 3, 4], np.float32).reshape(1, 4, 1)
+    found = temperature.certified([error, 0 * error], [(bounds, np.float32(0.5))] * 2, radius=10.0)
+    assert found["bound_over_error"] == [2.0, None]
+    assert found["rows_certified_to_0.1"] == [0.25, 0.25]
+    assert found["rows_certified_to_0.01"] == [0.0, 0.0]
+    assert found["bound_over_radius"] == [0.25, 0.25]
+    assert found["share_of_keys_read"] == [0.5, 0.5]
+
+
 def test_what_stands_for_attention_reads_queries_keys_and_values_and_is_no_choice():
     operands = np.random.default_rng(0).standard_normal((3, 1, 5, 2, 4)).astype(np.float32)
     call = functools.partial(attention.dot_product_attention, method=throughput.LeftOut(), is_causal=True)
@@ -216,13 +229,16 @@ def test_every_registered_method_has_its_error_over_the_temperature(tmp_path, ca
     """A method is measured because it is registered; exact ones are what the others are measured against."""
     methods = {"linearelu": attention.LinearElu, "taylor": attention.Taylor, "exact": attention.Exact}
     monkeypatch.setattr(temperature, "METHODS", methods)
-    options = "--lengths 48 --head-size 4 --temperatures 1 8 --budget 0.2 --steps 0 --also"
+    options = "--lengths 48 --head-size 4 --temperatures 1 8 --budget 0.2 --steps 0 --by-layer --also"
     benchmark.main(["temperature", "--operands", captured, *options.split(), "--out", str(tmp_path)])
     results = (tmp_path / "results.json").read_text()
     assert str(tmp_path) not in results
-    found, of_a_run = json.loads(results)["cells"]
-    assert of_a_run["operands"] == "a run"
-    assert of_a_run["shape"] == [2, 128, 1, 8]
+    found, *layers = json.loads(results)["cells"]
+    assert [layer["operands"] for layer in layers] == ["a run, layer 0", "a run, layer 1"]
+    assert layers[0]["shape"] == [1, 128, 1, 8]
+    assert layers[0]["methods"] != layers[1]["methods"]
+    assert len(temperature.figure([found, *layers]).axes) == 3 * 2  # bounds below errors
+    assert len(temperature.figure([found, *layers, found]).axes) == 2 * 3  # errors alone, two rows of three
     # Of 48 keys, order 1 with its 5 features takes 2 (48 + 48) 5 (4 + 1) of 4 48 48 4 operations; order 2 takes 15.
     assert 0 < found["entropy_over_log"][0] < found["entropy_over_log"][1] < 1
     assert list(found["methods"]) == ["LinearElu(chunk=128)", "Taylor(chunk=128, order=1)"]
