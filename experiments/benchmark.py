@@ -4,17 +4,12 @@ Contestants take turns, so that a busy machine slows all of them alike; what is 
 quartiles of the ratio of their times within a round. Each benchmark writes results.json, and a figure as SVG and PNG.
 """
 
-import contextlib
 import dataclasses
-import io
 import itertools
-import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import matplotlib as mpl
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -37,8 +32,8 @@ from experiments import (
     throughput,
 )
 from experiments.contestants import Cell, Contestant, kernels, ours, peers
-from experiments.files import write_bytes, write_json
-from experiments.runtime import environment, keep_memory
+from experiments.records import written
+from experiments.runtime import keep_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,36 +178,6 @@ def drawn(benchmark: Any, results: list[dict[str, Any]]) -> tuple[Figure, Table]
         return race.figure(results, benchmark.mine), race.table(results, benchmark.mine)
     module = sys.modules[type(benchmark).__module__]
     return module.figure(results), module.table(results)
-
-
-def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> None:
-    """Writes results.json and the figure into the benchmark's folder."""
-    name = type(benchmark).__name__.lower()
-    config = {name: _told(value) for name, value in dataclasses.asdict(benchmark).items()}
-    record = {"benchmark": name, "config": config, "environment": _environment(), "cells": results}
-    benchmark.out.mkdir(parents=True, exist_ok=True)
-    write_json(benchmark.out / "results.json", record)
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        for kind, details in (("svg", {"Date": None}), ("png", None)):
-            buffer = io.BytesIO()
-            drawing.savefig(buffer, format=kind, dpi=150, metadata=details)
-            write_bytes(benchmark.out / f"{name}.{kind}", buffer.getvalue())
-    print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
-
-
-def _told(value: Any) -> Any:
-    """A field as JSON takes it: of a file its name, since where it lay says nothing of the results."""
-    if isinstance(value, tuple):
-        return [_told(item) for item in value]
-    return value.name if isinstance(value, Path) else value
-
-
-def _environment() -> dict[str, Any]:
-    """What a time depends on: the versions, the peers' too, the device, and the number of its cores."""
-    found = environment()
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        found["versions"]["torch"] = metadata.version("torch")
-    return found | {"cores": os.cpu_count()}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from experiments.checks import check_name
 from experiments.config import Run, to_dict
 from experiments.data import validation_batches
 from experiments.display import Display
+from experiments.levers import levers
 from experiments.paths import UNSWEPT
 from experiments.points import Point, by_program, planned, program_id, program_label, shown_part, to_dict_of
 from experiments.population import Progress, train_together
@@ -19,7 +20,6 @@ from experiments.presets import Sweep
 from experiments.programs import Traced, compiled, trace
 from experiments.provenance import describe_corpus, describe_methods
 from experiments.runtime import Interrupted, StopSignals, environment
-from experiments.steps import levers
 from experiments.store import FORMAT, Store
 from experiments.summary import Results, point_row
 

@@ -18,10 +18,11 @@ from flax import nnx
 
 from experiments.cli import exit_code
 from experiments.evaluate import held_out
+from experiments.levers import evaluation_numbers, levers
 from experiments.operand_files import Layer, save
 from experiments.runtime import compiler_options, start_process
 from experiments.saved import Saved, load
-from experiments.steps import evaluation_numbers, levers, model_graph
+from experiments.steps import model_graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ Exit codes: 0 finished, 2 a wrong option or input.
 
 import dataclasses
 import functools
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,22 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import attention
 from experiments.checks import check_run
 from experiments.cli import exit_code
 from experiments.config import Run, to_dict
 from experiments.data import validation_batches
-from experiments.drawing import drawn, look, panels, wrapped
+from experiments.drawing import drawn
+from experiments.evaluation_figures import figure, table
 from experiments.files import write_bytes, write_json
+from experiments.levers import levers
 from experiments.points import static_part
 from experiments.runtime import compiler_options, environment, start_process
 from experiments.saved import Saved, load, load_run
-from experiments.steps import TrainState, levers, make_evaluate
+from experiments.steps import TrainState, make_evaluate
 
 OWN = "as trained"
 
@@ -130,42 +129,6 @@ def _described(numbers: dict[str, np.ndarray], before: dict[str, np.ndarray]) ->
     error = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else 0.0
     means = {name: float(x.mean()) for name, x in numbers.items()}
     return means | {"change": float(change.mean()), "standard_error": float(error)}
-
-
-def figure(rows: list[dict[str, Any]]) -> Figure:
-    """The change of the loss over the temperature, a line a method, a panel a length."""
-    contexts = list(dict.fromkeys(row["context"] for row in rows))
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    drawing, axes = panels(len(contexts), sharey=True)
-    for panel, context in zip(axes, contexts, strict=True):
-        for index, name in enumerate(names):
-            line = [row for row in rows if row["method"] == name and row["context"] == context]
-            line.sort(key=lambda row: row["temperature"])
-            colour, marker = look(index)
-            keys = ("temperature", "change", "standard_error")
-            factors, changes, errors = ([row[key] for row in line] for key in keys)
-            panel.errorbar(factors, changes, errors, color=colour, marker=marker, capsize=2, label=wrapped(name))
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        panel.set_xlabel("temperature / that of the training")
-        panel.set_title(f"{context} tokens")
-        panel.grid(alpha=0.25, color="#888888")
-    axes[0].set_ylabel("change of the held-out loss\n(nats per token)")
-    handles, names = axes[0].get_legend_handles_labels()
-    drawing.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), fontsize="small")
-    return drawing
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """For each method and length the loss at the run's temperature, the best one, and where that is."""
-    shown = Table("method", "tokens", "loss at 1", "best loss", "at temperature", "change of the best")
-    for (name, context), group in itertools.groupby(rows, key=lambda row: (row["method"], row["context"])):
-        line = list(group)
-        best = min(line, key=lambda row: row["loss"])
-        same = next((f"{row['loss']:.4f}" for row in line if row["temperature"] == 1), "-")
-        change = f"{best['change']:+.4f} ± {best['standard_error']:.4f}"
-        shown.add_row(name, str(context), same, f"{best['loss']:.4f}", f"{best['temperature']:g}", change)
-    return shown
 
 
 def written(options: Options, rows: list[dict[str, Any]]) -> Path:

@@ -25,9 +25,10 @@ import attention
 from experiments.checks import check_run
 from experiments.cli import exit_code
 from experiments.config import Run, task_of, vocabulary
+from experiments.levers import evaluation_numbers, levers
 from experiments.runtime import start_process
 from experiments.saved import Saved, load
-from experiments.steps import evaluation_numbers, levers, model_graph
+from experiments.steps import model_graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

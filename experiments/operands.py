@@ -9,6 +9,7 @@ from flax import nnx
 from experiments import steps
 from experiments.config import Data, Model, Run
 from experiments.data import training_batches, validation_batches
+from experiments.levers import levers, training_numbers
 
 
 class Operands(NamedTuple):
@@ -33,14 +34,14 @@ def trained(context: int, count: int, seed: int) -> Operands:
     Layers stand along the batch axis.
     """
     run = Run(model=Model(context=context), data=Data(batch=2), steps=count, seed=seed)
-    levers = steps.levers(run)
+    numbers = levers(run)
     step = jax.jit(steps.make_step(run), donate_argnums=0)
-    state = jax.jit(steps.make_init(run))(levers)
+    state = jax.jit(steps.make_init(run))(numbers)
     batches = iter(training_batches(run))
     for _ in range(count):
-        state, _ = step(state, next(batches), levers)
+        state, _ = step(state, next(batches), numbers)
     model = nnx.merge(steps.model_graph(run), state.parameters, state.constants)
     text = next(iter(validation_batches(run)))["tokens"][:1, :-1]
-    _, layers = model.observed(text, **steps.training_numbers(run, levers))
+    _, layers = model.observed(text, **training_numbers(run, numbers))
     query, key, value = (np.concatenate(x) for x in zip(*layers, strict=True))
     return Operands(f"a model after {count} steps, {context} tokens, causal", query, key, value, causal=True)

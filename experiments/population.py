@@ -11,9 +11,9 @@ import numpy as np
 
 from experiments.config import Run
 from experiments.data import training_batches, validation_batches
+from experiments.levers import levers
 from experiments.metrics import evaluation_fields
 from experiments.programs import Program
-from experiments.steps import levers
 
 Observer = Callable[["Progress"], None]
 

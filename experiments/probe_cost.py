@@ -14,8 +14,9 @@ from rich.table import Table
 from experiments import throughput
 from experiments.config import Data, Model, Run
 from experiments.drawing import COLOURS, level
+from experiments.levers import levers
 from experiments.runtime import compiler_options
-from experiments.steps import levers, make_evaluate, make_init, make_step
+from experiments.steps import make_evaluate, make_init, make_step
 from experiments.timing import interleaved, spread
 
 MODELS = {"default": (Model(), Data().batch), "throughput": (throughput.MODEL, 16)}

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from experiments.config import Run
+from experiments.levers import Levers, levers
 from experiments.runtime import compiler_options
-from experiments.steps import Levers, TrainState, levers, make_evaluate, make_init, make_step, nonfinite_names
+from experiments.steps import TrainState, make_evaluate, make_init, make_step, nonfinite_names
 
 _CACHE_HITS = [0]
 jax.monitoring.register_event_listener(

@@ -14,8 +14,9 @@ from attention.method import unknown
 from experiments.checkpoint import Checkpoints
 from experiments.checks import check_run
 from experiments.config import Run
+from experiments.levers import levers
 from experiments.metrics import named_leaves
-from experiments.steps import levers, make_init
+from experiments.steps import make_init
 
 
 class Saved(NamedTuple):

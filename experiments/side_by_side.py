@@ -16,10 +16,10 @@ from rich.table import Table
 from experiments.config import Run
 from experiments.data import training_batches, validation_batches
 from experiments.drawing import look
+from experiments.levers import levers
 from experiments.points import by_program, planned
 from experiments.presets import load_preset, preset_names
 from experiments.programs import Program, compiled, trace
-from experiments.steps import levers
 from experiments.studies import load_study
 from experiments.timing import interleaved, ratios, spread
 

@@ -1,8 +1,8 @@
 """One training run as pure functions: initial state, step, evaluation.
 
-They are functions of arrays alone. Scale, temperatures, soft cap, learning rate and seed are arguments (`Levers`),
-so that all points of a sweep over them share one compilation; `jax.vmap` over states, batches and levers trains a
-population.
+They are functions of arrays alone. Scale, temperatures, soft cap, learning rate and seed are arguments
+(`experiments.levers`), so that all points of a sweep over them share one compilation; `jax.vmap` over states, batches
+and levers trains a population.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import attention
-from attention import SCALE_RULES, yarn_factor
 from attention.flax import Constant
 from experiments.checks import check_run
-from experiments.config import Run, layer_methods, starting_scale, vocabulary
+from experiments.config import Run, layer_methods, vocabulary
+from experiments.levers import Levers, evaluation_numbers, training_numbers
 from experiments.metrics import accuracy, attention_diagnostics, cross_entropy, first_nonfinite, suspects
 from experiments.model import LanguageModel
 from experiments.optimizer import descent, unit_schedule
@@ -29,17 +29,6 @@ Metrics = dict[str, Array]
 DRAWS = 0x7D4A  # sets the key of redrawn constants apart from those of parameters, which flax numbers from 0
 
 
-class Levers(NamedTuple):
-    """The traced axes of an experiment, each of shape `()`, or `(P,)` for a population of P; no cap is None."""
-
-    scale: Float[Array, "..."]
-    temperature: Float[Array, "..."]
-    evaluate_temperature: Float[Array, "..."]
-    soft_cap: Float[Array, "..."] | None
-    learning_rate: Float[Array, "..."]
-    seed: Int[Array, "..."]
-
-
 class TrainState(NamedTuple):
     """Everything that a step reads and writes."""
 
@@ -47,31 +36,6 @@ class TrainState(NamedTuple):
     constants: nnx.State
     optimizer: Any
     step: Int[Array, ""]
-
-
-def levers(run: Run) -> Levers:
-    """The traced axes of a run. YaRN's factor, 1 where nothing is stretched, divides the temperatures."""
-    later = run.temperature if run.evaluate_temperature is None else run.evaluate_temperature
-    factor = yarn_factor(run.stretch)
-    return Levers(
-        scale=jnp.asarray(starting_scale(run), jnp.float32),
-        temperature=jnp.asarray(run.temperature / factor, jnp.float32),
-        evaluate_temperature=jnp.asarray(later / factor, jnp.float32),
-        soft_cap=None if run.soft_cap is None else jnp.asarray(run.soft_cap, jnp.float32),
-        learning_rate=jnp.asarray(run.optimizer.learning_rate, jnp.float32),
-        seed=jnp.asarray(run.seed, jnp.uint32),
-    )
-
-
-def training_numbers(run: Run, levers: Levers) -> dict[str, Any]:
-    """What the model's calls take in training. Learned scales are the layers' own: `levers.scale` is their start."""
-    scale = None if SCALE_RULES[run.model.scale_rule].learned else levers.scale
-    return {"scale": scale, "temperature": levers.temperature, "logits_soft_cap": levers.soft_cap}
-
-
-def evaluation_numbers(run: Run, levers: Levers) -> dict[str, Any]:
-    """What the model's calls take in evaluations, `adaptive` apart."""
-    return training_numbers(run, levers) | {"temperature": levers.evaluate_temperature}
 
 
 def make_init(run: Run) -> Callable[[Levers], TrainState]:

@@ -17,10 +17,10 @@ import attention
 from experiments import config
 from experiments.contestants import Cell, loss_of
 from experiments.drawing import COLOURS
+from experiments.levers import levers
 from experiments.metrics import named_leaves
 from experiments.programs import Program, compiled, trace
 from experiments.runtime import compiler_options
-from experiments.steps import levers
 from experiments.timing import interleaved, spread
 
 LEFT_OUT = "without attention"

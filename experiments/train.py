@@ -25,19 +25,11 @@ from experiments.config import Run
 from experiments.data import training_batches, validation_batches
 from experiments.files import is_disk_full, read_json_lines
 from experiments.folder import RunFolder, open_folder
+from experiments.levers import Levers, levers
 from experiments.log import Log, Pending, evaluation_record, told
 from experiments.progress import View
 from experiments.runtime import Interrupted, StopSignals, compiler_options, start_process
-from experiments.steps import (
-    Levers,
-    TrainState,
-    levers,
-    make_evaluate,
-    make_init,
-    make_step,
-    model_graph,
-    nonfinite_names,
-)
+from experiments.steps import TrainState, make_evaluate, make_init, make_step, nonfinite_names
 
 Options = Annotated[Run, tyro.conf.arg(name="")]  # `--steps`, not `--run.steps`
 FETCH_EVERY = 16  # steps between waits for the device
@@ -196,8 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
     start_process()
     return exit_code(lambda: parse(command, arguments, prog="python -m experiments.train"))
 
-
-__all__ = ["Levers", "TrainState", "levers", "make_evaluate", "make_init", "make_step", "model_graph", "train"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,12 +44,13 @@ from experiments.axes import axis, product
 from experiments.config import Data, Model, Optimizer, Run
 from experiments.drawing import panels
 from experiments.evaluate import held_out
+from experiments.levers import evaluation_numbers, levers
 from experiments.metrics import accuracy, cross_entropy
 from experiments.points import static_part
 from experiments.presets import Sweep
 from experiments.runtime import compiler_options
 from experiments.saved import Saved, load
-from experiments.steps import evaluation_numbers, levers, model_graph
+from experiments.steps import model_graph
 from experiments.studies import SMALL, Row, Study, Work
 from experiments.study_figures import Summary, curves, keys_below, powers
 

@@ -12,9 +12,10 @@ import attention
 from experiments.data import validation_batches
 from experiments.evaluate import OWN, Options, evaluated, main
 from experiments.files import read_json_lines
+from experiments.levers import evaluation_numbers, levers
 from experiments.metrics import SHARE
 from experiments.saved import load
-from experiments.steps import TrainState, evaluation_numbers, levers, make_evaluate, model_graph
+from experiments.steps import TrainState, make_evaluate, model_graph
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from test_model import compiled, rounding
 import attention
 from experiments.config import Run, to_dict
 from experiments.generate import chosen, encoded, generated, main
+from experiments.levers import evaluation_numbers, levers
 from experiments.saved import from_dict, load
-from experiments.steps import evaluation_numbers, levers, model_graph
+from experiments.steps import model_graph
 from experiments.train import train
 
 SENTENCE = "attention is a weighted mean of the values; "

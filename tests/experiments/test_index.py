@@ -12,7 +12,8 @@ import attention
 from experiments.cli import parse
 from experiments.commands import train_command
 from experiments.config import Data, Model, Run
-from experiments.index import entries, main, write_index
+from experiments.entries import entries
+from experiments.index import main, write_index
 from experiments.store import Store
 
 

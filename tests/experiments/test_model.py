@@ -13,9 +13,10 @@ import attention
 from attention import positions
 from attention.flax import Constant
 from experiments.config import vocabulary
+from experiments.levers import levers
 from experiments.metrics import SHOWN, named_leaves
 from experiments.model import LanguageModel
-from experiments.steps import levers, make_evaluate, make_init, make_step, model_graph
+from experiments.steps import make_evaluate, make_init, make_step, model_graph
 
 UNIT = float(jnp.finfo(jnp.float32).eps) / 2
 KINDS = ("rotary", "learned", "sinusoidal")

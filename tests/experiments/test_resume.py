@@ -16,9 +16,11 @@ from attention import Performer
 from experiments.checkpoint import Checkpoints
 from experiments.data import training_batches
 from experiments.files import read_json_lines
+from experiments.levers import levers
 from experiments.progress import View
 from experiments.runtime import Interrupted
-from experiments.train import levers, main, make_init, train
+from experiments.steps import make_init
+from experiments.train import main, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 600

@@ -17,11 +17,12 @@ from experiments import programs
 from experiments.axes import product
 from experiments.campaign import execute, make_plan
 from experiments.data import training_batches
+from experiments.levers import evaluation_numbers, levers
 from experiments.metrics import named_leaves
 from experiments.model import LanguageModel
 from experiments.presets import Sweep
 from experiments.report import load_results, write_report
-from experiments.steps import evaluation_numbers, levers, make_evaluate, make_init, make_step, model_graph
+from experiments.steps import make_evaluate, make_init, make_step, model_graph
 
 UNIT = float(jnp.finfo(jnp.float32).eps) / 2
 

@@ -21,11 +21,12 @@ from experiments import files
 from experiments.config import Optimizer, Run
 from experiments.data import training_batches
 from experiments.files import append_json_lines, read_json_lines
+from experiments.levers import levers
 from experiments.log import NonFiniteError, Pending
 from experiments.metrics import first_nonfinite, named_leaves
 from experiments.optimizer import descent, unit_schedule
-from experiments.steps import DRAWS
-from experiments.train import levers, main, make_evaluate, make_init, make_step, train
+from experiments.steps import DRAWS, make_evaluate, make_init, make_step
+from experiments.train import main, train
 
 UNIT = float(jnp.finfo(jnp.float32).eps) / 2
 

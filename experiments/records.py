@@ -1,0 +1,45 @@
+"""What a benchmark writes: its results with what they depend on, and their figure."""
+
+import contextlib
+import dataclasses
+import io
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from experiments.files import write_bytes, write_json
+from experiments.runtime import environment
+
+
+def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> None:
+    """Writes results.json and the figure into the benchmark's folder."""
+    name = type(benchmark).__name__.lower()
+    config = {name: _told(value) for name, value in dataclasses.asdict(benchmark).items()}
+    record = {"benchmark": name, "config": config, "environment": _environment(), "cells": results}
+    benchmark.out.mkdir(parents=True, exist_ok=True)
+    write_json(benchmark.out / "results.json", record)
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        for kind, details in (("svg", {"Date": None}), ("png", None)):
+            buffer = io.BytesIO()
+            drawing.savefig(buffer, format=kind, dpi=150, metadata=details)
+            write_bytes(benchmark.out / f"{name}.{kind}", buffer.getvalue())
+    print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
+
+
+def _told(value: Any) -> Any:
+    """A field as JSON takes it: of a file its name, since where it lay says nothing of the results."""
+    if isinstance(value, tuple):
+        return [_told(item) for item in value]
+    return value.name if isinstance(value, Path) else value
+
+
+def _environment() -> dict[str, Any]:
+    """What a time depends on: the versions, the peers' too, the device, and the number of its cores."""
+    found = environment()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["versions"]["torch"] = metadata.version("torch")
+    return found | {"cores": os.cpu_count()}
