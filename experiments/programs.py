@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
     def joined(self, trees: Sequence[Any]) -> Any:
         """One tree for each lane as the argument that the functions take."""
-        return trees[0] if self.lanes is None else jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+        return joined(trees, self.lanes)
 
     def by_lane(self, x: Any) -> np.ndarray:
         """What the functions return, with the axis of lanes first, of size 1 where there is one run."""
@@ -85,6 +85,11 @@ def trace(run: Run, batch: dict[str, np.ndarray], lanes: int | None) -> Traced:
         suspects=nonfinite_names(run),
         seconds=time.perf_counter() - start,
     )
+
+
+def joined(trees: Sequence[Any], lanes: int | None) -> Any:
+    """One tree for each lane as the argument of functions under vmap; the only one where there is no vmap."""
+    return trees[0] if lanes is None else jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def compiled(traced: Traced) -> Program:

@@ -14,6 +14,7 @@ from experiments.drawing import COLOURS, MARKERS
 PALETTE = (*COLOURS, "#5B2C83", "#7F7F7F", "#8C4A2F", "#1B1B1F", "#A6A000", "#B2182B")
 FILLS = ("full", "none", "left")  # of the markers of one class's configurations
 COLUMNS = 3
+EXACT = 1e-5  # of the output's norm, below which errors are rounding and are not drawn where they stand alone
 TITLE = "operations of each method / those of exact attention"
 
 
@@ -59,6 +60,7 @@ def _errors_alone(results: list[dict[str, Any]]) -> Figure:
         for label, row, style in _lines(result, _classes(results)):
             axes.plot(result["temperatures"], row["relative_error"], label=label, **style)
         _scaled(axes)
+        axes.set_ylim(bottom=EXACT)
         axes.set_title(result["operands"], fontsize=10)
         axes.set_xlabel("temperature")
     for axes in grid[:, 0]:
