@@ -112,8 +112,8 @@ study = _study(
     ),
     methods=[attention.Exact(), attention.Performer(features=16)],
     swept={
-        "model.width": [16, 32],
-        "data.pairs": [2, 4],
+        "model.width": [32, 16],
+        "data.pairs": [4, 2],
         "optimizer.learning_rate": [1e-2, 3e-2],
         "temperature": [0.5, 1.0, 2.0, 4.0],
     },
