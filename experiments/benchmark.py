@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark that the command line names."""
     benchmark = tyro.cli(Benchmark, args=arguments, description=__doc__, prog="python -m experiments.benchmark")
     instead = getattr(benchmark, "operands", ())  # of random operands of any length
-    for name in ("lengths", "numbers", "rounds"):
+    for name in ("lengths", "members", "numbers", "rounds"):
         counts = np.atleast_1d(getattr(benchmark, name, 1))
         if counts.min(initial=1) < 1 or not (counts.size or instead):
             sys.exit(f"{name} is {getattr(benchmark, name)}: expected numbers of at least 1")

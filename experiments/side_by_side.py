@@ -48,6 +48,10 @@ class Population:
 
     def _of(self, name: str) -> list[dict[str, Any]]:
         static, runs = members(name)
+        if min(self.members) > len(runs):
+            raise ValueError(
+                f"members is {self.members}: expected numbers of at most {len(runs)}, the points of {name}"
+            )
         single = Steps(static, None)
         vmapped = {count: Steps(static, count) for count in self.members if count <= len(runs)}
         alone = [single.of([run]) for run in runs[: max(vmapped)]]

@@ -57,7 +57,6 @@ class Throughput:
         calls = {name: one.call for name, one in everyone.items()} | alone | {LEFT_OUT: left_out.call}
         seconds = interleaved(calls, self.rounds, self.seconds)
         peer = next(iter(theirs), None)
-        share = attention_share(self.model)
         return [
             {
                 "contestant": name,
@@ -65,7 +64,7 @@ class Throughput:
                 "tokens_per_second": spread(self.batch * self.model.context / np.asarray(seconds[name])),
                 "speed_of_pytorch": spread(np.asarray(seconds[peer]) / np.asarray(seconds[name])) if peer else None,
                 "losses": losses[name],
-                "attention_share_of_operations": share,
+                "attention_share_of_operations": attention_share(self.model),
                 "attention_share_of_time": share_alone(seconds, name, self.model.layers),
                 "share_without": share_without(seconds, name) if name in ours else None,
                 **one.about,
