@@ -65,6 +65,18 @@ def zipped(*parts: Axes, **axes: Iterable[Any]) -> Axes:
     return Axes(tuple(_merged(chosen) for chosen in zip(*(part.points for part in joined), strict=True)))
 
 
+def either(*parts: Axes) -> Axes:
+    """The points of all parts, one part after the other.
+
+    Raises:
+        ValueError: the parts have different axes.
+    """
+    named = list(dict.fromkeys(part.names for part in parts))
+    if len(named) != 1:
+        raise ValueError(f"parts have different axes: {named}; expected the same ones in the same order")
+    return Axes(tuple(point for part in parts for point in part.points))
+
+
 def parse_axis(text: str) -> Axes:
     """The axis written `temperature=0.5,1,2` or `attention=Exact,TopK(k=16)`. Nothing is evaluated.
 

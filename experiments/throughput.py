@@ -94,12 +94,11 @@ class Ours:
     """A training step of this trainer, and the gradient of its attention alone."""
 
     def __init__(self, run: config.Run, tokens: np.ndarray):
-        start = time.perf_counter()
         self._batch, self._levers = {"tokens": tokens}, levers(run)
         program: Program = compiled(trace(run, self._batch, None))
         self._step, self._state = program.step, program.init(self._levers)
         self.parameters = {name: np.array(leaf) for name, leaf in named_leaves(self._state.parameters).items()}
-        self.about = program.memory | {"compile_seconds": time.perf_counter() - start}
+        self.about = program.memory | program.timings
         self.attention = attention_alone(run, len(tokens))
 
     def call(self) -> float:

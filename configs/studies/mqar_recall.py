@@ -24,7 +24,7 @@ import itertools
 from matplotlib.figure import Figure
 
 import attention
-from experiments.axes import axis, product
+from experiments.axes import Axes, axis, either, product
 from experiments.config import Data, Model, Optimizer, Run
 from experiments.drawing import panels
 from experiments.presets import Sweep
@@ -93,40 +93,46 @@ def _line(axes: dict[str, object]) -> dict[str, object]:
     return {"line": f"{axes['method']}, {axes['pairs']} pairs", **others}
 
 
-def _study(base: Run, methods: list[attention.Method], swept: dict[str, list[float]], seeds: int) -> Study:
-    others = [axis(name, numbers) for name, numbers in swept.items()]
-    axes = product(axis("attention", methods), *others, seed=range(seeds))
-    return Study(sweep=Sweep(base=base, axes=axes), measure=measure, figure=figure)
+def _axes(
+    method: attention.Method, widths: list[int], pairs: list[int], rates: list[float], temperatures: list[float]
+) -> Axes:
+    return product(
+        axis("attention", [method]),
+        axis("model.width", widths),
+        axis("data.pairs", pairs),
+        axis("optimizer.learning_rate", rates),
+        temperature=temperatures,
+        seed=range(3),
+    )
 
 
-study = _study(
-    Run(
-        steps=1500,
-        evaluate_every=500,
-        evaluate_batches=8,
-        # Learned positions and one head: with rotary ones, or two heads, exact attention takes more steps to find that
-        # it has to look one token back.
-        model=Model(layers=2, heads=1, kv_heads=1, mlp_width=64, context=16, positions="learned"),
-        data=Data(task="mqar", symbols=16, batch=64, pairs=4),
-        optimizer=Optimizer(warmup_steps=50, weight_decay=0.0),
+TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
+study = Study(
+    sweep=Sweep(
+        base=Run(
+            steps=1500,
+            evaluate_every=500,
+            evaluate_batches=8,
+            # Learned positions and one head: with rotary ones, or two heads, exact attention takes more steps to find
+            # that it has to look one token back.
+            model=Model(layers=2, heads=1, kv_heads=1, mlp_width=64, context=16, positions="learned"),
+            data=Data(task="mqar", symbols=16, batch=64, pairs=4),
+            optimizer=Optimizer(warmup_steps=50, weight_decay=0.0),
+        ),
+        axes=either(
+            _axes(attention.Exact(), [32, 16], [4, 2], [1e-2, 3e-2], TEMPERATURES),
+            _axes(attention.Performer(features=16), [32, 16], [4, 2], [1e-2], TEMPERATURES),
+            _axes(attention.Performer(features=16), [32], [4], [3e-2], TEMPERATURES),
+        ),
     ),
-    methods=[attention.Exact(), attention.Performer(features=16)],
-    swept={
-        "model.width": [32, 16],
-        "data.pairs": [4, 2],
-        "optimizer.learning_rate": [1e-2, 3e-2],
-        "temperature": [0.5, 1.0, 2.0, 4.0],
-    },
-    seeds=3,
+    measure=measure,
+    figure=figure,
 )
-smoke = _study(
-    dataclasses.replace(SMALL, data=Data(task="mqar", symbols=4, pairs=2, batch=4)),
-    methods=[attention.Exact()],
-    swept={
-        "model.width": [16],
-        "data.pairs": [2],
-        "optimizer.learning_rate": [1e-3, 1e-2],
-        "temperature": [1.0],
-    },
-    seeds=2,
+smoke = Study(
+    sweep=Sweep(
+        base=dataclasses.replace(SMALL, data=Data(task="mqar", symbols=4, pairs=2, batch=4)),
+        axes=_axes(attention.Exact(), [16], [2], [1e-3, 1e-2], [1.0]),
+    ),
+    measure=measure,
+    figure=figure,
 )

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 import attention
-from experiments.axes import axis, parse_axis, product, zipped
+from experiments.axes import axis, either, parse_axis, product, zipped
 from experiments.config import Run
 from experiments.paths import look_up, paths, replaced
 from experiments.points import TRACED, applied, point_id, static_part
@@ -35,6 +35,12 @@ def test_zips_and_products_compose():
     ]
 
 
+def test_either_has_the_points_of_all_parts_in_turn():
+    axes = either(product(temperature=[1.0, 2.0], seed=[0]), product(temperature=[2.0], seed=[1]))
+    assert [tuple(point.values()) for point in axes.points] == [(1.0, 0), (2.0, 0), (2.0, 1)]
+    assert axes.values("seed") == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -49,6 +55,7 @@ def test_zips_and_products_compose():
         (lambda: axis("model.positions", ["rotatory"]), r"takes 'rotatory'"),
         (lambda: product(product(seed=[0]), seed=[1]), r"axis 'seed' is named twice"),
         (lambda: zipped(seed=[0, 1], scale=[1.0]), r"different lengths: \{'seed': 2, 'scale': 1\}"),
+        (lambda: either(product(seed=[0]), product(scale=[1.0])), r"\[\('seed',\), \('scale',\)\]; expected the same"),
         (lambda: product(), r"no axes"),
         (lambda: parse_axis("temperature"), r"expected NAME=VALUE,VALUE"),
         (lambda: parse_axis("temperature=1,,2"), r"expected NAME=VALUE,VALUE"),
