@@ -190,15 +190,12 @@ def test_a_population_is_measured_against_a_loop(tmp_path, monkeypatch, capsys):
     sweep = Sweep(base=SMALL_RUN, axes=product(attention=["Exact", "TopK(k=2)"], temperature=[1.0, 2.0, 4.0]))
     monkeypatch.setattr(side_by_side, "preset_names", lambda: ["small"])
     monkeypatch.setattr(side_by_side, "load_preset", lambda name: (sweep, ""))
-    options = "--sweeps small --members 1 3 8 --rounds 1"
+    options = "--sweeps small --members 3 8 --rounds 1"
     benchmark.main(["population", *options.split(), "--out", str(tmp_path)])
-    one, three = json.loads((tmp_path / "results.json").read_text())["cells"]  # a program has no 8 points
-    assert (one["members"], three["members"]) == (1, 3)
-    for row in (one, three):
-        assert row["attention"] == "Exact()"
-        assert row["loop_over_vmap"]["median"] > 0
-        assert row["compile_seconds"]["loop"] == one["compile_seconds"]["loop"]
-    assert three["temporary_bytes"]["vmap"] > one["temporary_bytes"]["vmap"]
+    (three,) = json.loads((tmp_path / "results.json").read_text())["cells"]  # a program has no 8 points
+    assert (three["members"], three["attention"]) == (3, "Exact()")
+    assert three["loop_over_vmap"]["median"] > 0
+    assert three["temporary_bytes"]["vmap"] > three["temporary_bytes"]["loop"]
     assert "population.png" in capsys.readouterr().out
 
 
