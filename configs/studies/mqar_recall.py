@@ -20,18 +20,19 @@ arXiv 2508.19029). Of the temperature nothing is known here: a trained query can
 
 Found (docs/results/mqar_recall, means over 3 seeds):
 
-- Exact attention solves the task where the fixed state does not, as expected: 4 pairs at width 32 in every seed (1.000, at
-  a rate of 0.03 and temperatures of 1 and 2), where Performer, whose state has 16 x 32 numbers a layer, comes to 0.72 at
-  best (0.65 to 0.86 over the seeds); 2 pairs at width 16 in every seed (0.999, at 0.01 and 2), where Performer has 0.88.
+- Exact attention solves the task where the fixed state does not, as expected: 4 pairs at width 32 in every seed
+  (1.000, at a rate of 0.03 and temperatures of 1 and 2), where Performer, whose state has 16 x 32 numbers a layer,
+  comes to 0.72 at best (0.65 to 0.86 over the seeds); 2 pairs at width 16 in every seed (0.999, at 0.01 and 2), where
+  Performer has 0.88.
 - With 4 pairs exact attention needs a width: 0.72 at 16 (0.64 to 0.85), against the expectation, within 1,500 steps.
 - Fewer pairs are no easier to learn, against the expectation: with 2 pairs at width 32 exact attention ends at 0.90 at
   best, and Performer at 0.82. What is left to gain over elimination is half as much. What limits all but the best runs
   is finding the match, not the room for it: most end on a plateau, at 0.66 with 4 pairs and 0.82 with 2.
-- The temperature decides, and with the learning rate: with 4 pairs at width 32 exact attention has 0.88, 0.96, 0.66 and
-  0.66 at temperatures of 1/2, 1, 2 and 4 at a rate of 0.01, and 0.37, 1.000, 1.000 and 0.88 at 0.03. Only the flatter
-  half trains at the higher rate; at the lower one it leaves the plateau too late.
-- Performer does best at the temperatures of 2 and 4 in three of four cells, where its features are good estimates, and at
-  a rate of 0.03 no better than on the plateau.
+- The temperature decides, and with the learning rate: with 4 pairs at width 32 exact attention has 0.88, 0.96, 0.66
+  and 0.66 at temperatures of 1/2, 1, 2 and 4 at a rate of 0.01, and 0.37, 1.000, 1.000 and 0.88 at 0.03. The sharpest
+  does not train at the higher rate; the flatter ones do not leave the plateau at the lower one.
+- Performer does best at the temperatures of 2 and 4 in three of four cells, where its features are good estimates, and
+  at a rate of 0.03 no better than on the plateau.
 """
 
 import dataclasses
