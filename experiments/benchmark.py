@@ -56,6 +56,8 @@ class Exact:
     """Turns of each contestant."""
     seconds: float = 60.0
     """Of a cell, after which no more turns begin; there are at least 3."""
+    keep_memory: bool = True
+    """Whether freed memory is kept, as by every command here; False: as in a process that knows nothing of this one."""
     out: Path = Path("runs/benchmark/exact")
     """Folder for results.json, exact.svg and exact.png."""
 
@@ -188,7 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
         counts = np.atleast_1d(getattr(benchmark, name, 1))
         if counts.min(initial=1) < 1 or not (counts.size or instead):
             sys.exit(f"{name} is {getattr(benchmark, name)}: expected numbers of at least 1")
-    keep_memory()
+    if getattr(benchmark, "keep_memory", True):
+        keep_memory()
     results = benchmark.measured()
     figure, table = drawn(benchmark, results)
     written(benchmark, results, figure)
