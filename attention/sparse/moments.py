@@ -64,7 +64,7 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
         radius=radius,
         spread=wide * _spectral(product("...sh,...si->...hi", y, y) / size) + lost * radius**2,
         coupling=wide * _spectral(product("...sh,...se->...he", y, w) / size) + lost * radius * depth,
-        width=norms(value - value[..., :1, :]).max(-1) / wide,
+        width=widths(value),
         key_shift=sums * (wide * norms(mean_key) + radius),
         value_shift=sums * (wide * norms(mean_value) + depth),
     )
@@ -81,6 +81,12 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
             rest=wide * rest.max(-1) + (H + RANK) * lost * radius,
         )
     return found
+
+
+def widths(value: Float[Array, "*B C E"]) -> Float[Array, "*B"]:
+    """Max |v_j - v_first| of each page, rounded inward: two of its values are so far apart."""
+    wide = outward(value.dtype, value.shape[-1])
+    return norms(value - value[..., :1, :]).max(-1) / wide
 
 
 def outward(dtype, terms: int):

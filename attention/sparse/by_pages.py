@@ -1,0 +1,143 @@
+"""One key head by pages: tile after tile, and then the rows that would have made their tiles read much for them alone.
+
+A row that reads more than `MANY` keys in whole pages is late: its tile leaves these out, and it is read with others of
+its kind. Whether it is depends on what it sees and on how many rows before it are, so that no later token moves a bit.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from attention.inputs import Inputs
+from attention.sparse import plan as plans
+from attention.sparse.bounds import REACH
+from attention.sparse.moments import moments
+from attention.sparse.online import across
+from attention.sparse.plan import Limits, Plan
+from attention.sparse.reading import Found, Head, Rows, block, definition, online
+from attention.sparse.visible import edges, growing_means, visible_pages
+
+READ = 256  # keys of a block: with 512 rows a product of less would run on one thread of a CPU
+MANY = 256  # keys in whole pages, beyond which a row is late
+LATE_ROWS, LATE_READ = 128, 1024  # of a tile of late rows
+LATE = 16  # at most one row in so many is late
+
+
+class Options(NamedTuple):
+    """Keys of a page, rows of a tile, the tolerance and the bound of `attention.Certified`."""
+
+    page: int
+    rows: int
+    tolerance: float
+    bound: str
+
+
+class Result(NamedTuple):
+    """Output, error bound, replaced mass, and the pairs of row and key that were read and that might have been."""
+
+    output: Float[Array, "G T E"]
+    error: Float[Array, "G T"]
+    mass: Float[Array, "G T"]
+    read: Float[Array, ""]
+    seen: Float[Array, ""]
+
+
+def head_of(part: Inputs, options: Options) -> Head:
+    """What the tiles of a key head read from."""
+    dtype = part.query.dtype
+    key, value = (x[0, 0].astype(dtype) for x in (part.key, part.value))
+    pages = moments(key, value, options.page, bound=options.bound)
+    return Head(part, pages, growing_means(key, options.page), across(value, dtype))
+
+
+def attended(head: Head, own: Limits, options: Options) -> Result:
+    """Every tile online, and then the late rows."""
+    G, T = head.part.query.shape[2:4]
+    size = block(len(head.pages.width), options.page, READ)
+    most = T // LATE
+
+    def tile(before, i):
+        rows = _tile(head, own, options, i * options.rows)
+        wide = (rows.plan.read & rows.visible.whole).sum(0) * options.page > MANY
+        number = before[:, None] + jnp.cumsum(wide, axis=1)
+        late = wide & (number <= most)
+        rows = rows._replace(plan=_without(rows.plan, late))
+        found = online(head, rows, size)
+        return number[:, -1], (found.output, *_certified(rows, found), late, found.read, found.seen)
+
+    _, found = lax.scan(tile, jnp.zeros(G, jnp.int32), jnp.arange(T // options.rows))
+    *numbers, late, read, seen = found
+    results, late = [_joined(x) for x in numbers], _joined(late)
+    if most:
+        results, more = _late(head, own, options, results, late)
+        read = read.sum() + more
+    return Result(*results, jnp.minimum(read.sum(), seen.sum()), seen.sum())
+
+
+def defined(head: Head, own: Limits, options: Options) -> Float[Array, "G T E"]:
+    """The output with a derivative; rows are the same in tiles and late."""
+
+    def tile(i):
+        return definition(head, _tile(head, own, options, i * options.rows))
+
+    return _joined(lax.map(jax.checkpoint(tile), jnp.arange(head.part.mask.num_queries // options.rows)))
+
+
+def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[Array, "G T"]):
+    """The results with those of late rows, of any query heads, and the pairs that these read."""
+    G, T, H = head.part.query.shape[2:]
+    size, N = block(len(head.pages.width), options.page, LATE_READ), G * T
+    order = jnp.nonzero(late.reshape(-1), size=-(-N // LATE // LATE_ROWS) * LATE_ROWS, fill_value=N)[0]
+    query, limits = head.part.query[0, 0].reshape(1, N, H), Limits(*(x.reshape(1, N) for x in own))
+
+    def some(i, carry):
+        results, read = carry
+        n = lax.dynamic_slice_in_dim(order, i * LATE_ROWS, LATE_ROWS)
+        each = n.clip(0, N - 1)
+        rows = planned(head, query[:, each], each % T, Limits(*(x[:, each] for x in limits)), options)
+        rows = rows._replace(plan=_without(rows.plan, (n == N)[None]))
+        found = online(head, rows, size)
+        new = (found.output, *_certified(rows, found))
+        results = [old.at[n].set(x[0], mode="drop") for old, x in zip(results, new, strict=True)]
+        return results, read + found.read
+
+    flat = [x.reshape(N, *x.shape[2:]) for x in results]
+    flat, read = lax.fori_loop(0, -(-late.sum() // LATE_ROWS), some, (flat, jnp.zeros((), query.dtype)))
+    return [x.reshape(G, T, *x.shape[1:]) for x in flat], read
+
+
+def _tile(head: Head, own: Limits, options: Options, row) -> Rows:
+    """The rows of a tile and their plan."""
+    query, *limits = (lax.dynamic_slice_in_dim(x, row, options.rows, axis=1) for x in (head.part.query[0, 0], *own))
+    return planned(head, query, row + jnp.arange(options.rows), Limits(*limits), options)
+
+
+def planned(head: Head, query, at, own: Limits, options: Options) -> Rows:
+    """The plan of some rows; it has no derivative."""
+    pages, growing, still = lax.stop_gradient((head.pages, head.growing, query))
+    visible = visible_pages(head.part.mask, at, options.page)
+    edge = edges(visible, growing, options.page)
+    limits = {"size": options.page, "tolerance": options.tolerance, "reach": REACH[options.bound]}
+    return Rows(query, at, own, visible, plans.plan(still, pages, visible, edge, own, **limits))
+
+
+def _without(plan: Plan, left: Bool[Array, "G R"]) -> Plan:
+    """The plan of rows of which some read nothing here."""
+    return plan._replace(read=plan.read & ~left[None])
+
+
+def _certified(rows: Rows, found: Found) -> tuple[Float[Array, "G R"], Float[Array, "G R"]]:
+    """The error bound and a bound on the replaced mass."""
+    # The true sum of exponentials is no less than the sum found, but for rounding: a mean's part is a lower bound.
+    relative = rows.own.odds * jnp.exp(-found.residual)
+    tail, mass = (jnp.where(x > 0, x * relative, 0) for x in (rows.plan.error, rows.plan.mass))
+    bound = 1.001 * tail + rows.own.rounding
+    return jnp.where(jnp.isnan(bound), jnp.inf, bound), jnp.fmin(mass, 1)
+
+
+def _joined(x: Array) -> Array:
+    """The rows of all tiles after one another: `G T ...` from `count G rows ...`."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
