@@ -4,12 +4,13 @@ A row that reads more than `MANY` keys in whole pages is late: its tile leaves t
 its kind. Whether it is depends on what it sees and on how many rows before it are, so that no later token moves a bit.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from attention.inputs import Inputs
 from attention.sparse import plan as plans
@@ -17,12 +18,13 @@ from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.online import across
 from attention.sparse.plan import Limits, Plan
-from attention.sparse.reading import Found, Head, Rows, block, definition, online
+from attention.sparse.reading import Found, Head, Rows, block, definition, divisor, online
 from attention.sparse.visible import edges, growing_means, visible_pages
 
 READ = 256  # keys of a block: with 512 rows a product of less would run on one thread of a CPU
 MANY = 256  # keys in whole pages, beyond which a row is late
 LATE_ROWS, LATE_READ = 128, 1024  # of a tile of late rows
+SPANS, PAGES = 4, 64  # parts of causal tiles, and pages from which on there are so many
 LATE = 16  # at most one row in so many is late
 
 
@@ -50,7 +52,7 @@ def head_of(part: Inputs, options: Options) -> Head:
     dtype = part.query.dtype
     key, value = (x[0, 0].astype(dtype) for x in (part.key, part.value))
     pages = moments(key, value, options.page, bound=options.bound)
-    return Head(part, pages, growing_means(key, options.page), across(value, dtype))
+    return Head(part, pages, growing_means(key, options.page), across(value, dtype), options.page)
 
 
 def attended(head: Head, own: Limits, options: Options) -> Result:
@@ -59,7 +61,7 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
     size = block(len(head.pages.width), options.page, READ)
     most = T // LATE
 
-    def tile(before, i):
+    def tile(head, before, i):
         rows = _tile(head, own, options, i * options.rows)
         wide = (rows.plan.read & rows.visible.whole).sum(0) * options.page > MANY
         number = before[:, None] + jnp.cumsum(wide, axis=1)
@@ -68,13 +70,29 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
         found = online(head, rows, size)
         return number[:, -1], (found.output, *_certified(rows, found), late, found.read, found.seen)
 
-    _, found = lax.scan(tile, jnp.zeros(G, jnp.int32), jnp.arange(T // options.rows))
-    *numbers, late, read, seen = found
-    results, late = [_joined(x) for x in numbers], _joined(late)
+    before, parts = jnp.zeros(G, jnp.int32), []
+    for part, tiles in _spans(head, options):
+        before, found = lax.scan(functools.partial(tile, part), before, tiles)
+        parts.append(found)
+    *numbers, read, seen = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    *results, late = (_joined(x) for x in numbers)
     if most:
         results, more = _late(head, own, options, results, late)
         read = read.sum() + more
     return Result(*results, jnp.minimum(read.sum(), seen.sum()), seen.sum())
+
+
+def _spans(head: Head, options: Options) -> list[tuple[Head, Int[Array, " n"]]]:
+    """The tiles in as many parts as pay, with what each of them can see: where causal, later ones see more pages."""
+    mask, tiles = head.part.mask, head.part.mask.num_queries // options.rows
+    block = options.page * divisor(len(head.pages.width), max(1, LATE_READ // options.page))
+    if not mask.causal or mask.offset is not None or len(head.pages.width) < PAGES:
+        return [(head, jnp.arange(tiles))]
+    ends = [tiles * (n + 1) // SPANS for n in range(SPANS)]
+    reach = [min(mask.num_keys, -(-end * options.rows // block) * block) for end in ends]
+    return [
+        (head.before(keys), jnp.arange(start, end)) for start, end, keys in zip([0, *ends], ends, reach, strict=False)
+    ]
 
 
 def defined(head: Head, own: Limits, options: Options) -> Float[Array, "G T E"]:
@@ -118,7 +136,7 @@ def _tile(head: Head, own: Limits, options: Options, row) -> Rows:
 def planned(head: Head, query, at, own: Limits, options: Options) -> Rows:
     """The plan of some rows; it has no derivative."""
     pages, growing, still = lax.stop_gradient((head.pages, head.growing, query))
-    visible = visible_pages(head.part.mask, at, options.page)
+    visible = visible_pages(head.part.mask, at, len(head.pages.width), options.page)
     edge = edges(visible, growing, options.page)
     limits = {"size": options.page, "tolerance": options.tolerance, "reach": REACH[options.bound]}
     return Rows(query, at, own, visible, plans.plan(still, pages, visible, edge, own, **limits))

@@ -6,6 +6,7 @@ Blocks lie where they lie whatever is wanted, so that a row's sums are those of 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -25,20 +26,22 @@ class Head(NamedTuple):
 
     Attributes:
         part: its operands, `1 1 ...`, padded to whole tiles and blocks.
-        pages: its moments.
+        pages: the moments of its pages, or of the first of them that a tile can see.
         growing: the mean of each key and of those before it in its page.
         across: the values across, with a last row of ones.
+        page: keys of a page.
     """
 
     part: Inputs
     pages: Moments
     growing: Float[Array, "S H"]
     across: Float[Array, "F S"]
+    page: int
 
-    @property
-    def page(self) -> int:
-        """Keys of a page."""
-        return self.part.mask.num_keys // self.pages.key.shape[0]
+    def before(self, keys: int) -> "Head":
+        """What the queries read that see no more than the first `keys` keys."""
+        pages = jax.tree.map(lambda x: x[: -(-keys // self.page)], self.pages)
+        return self._replace(pages=pages)
 
 
 class Rows(NamedTuple):
@@ -53,13 +56,13 @@ class Rows(NamedTuple):
 
 def definition(head: Head, rows: Rows) -> Float[Array, "G R E"]:
     """Softmax over the mean keys of some pages, each as often as the page has keys, and the keys of others."""
-    part, plan, S = head.part, rows.plan, head.part.mask.num_keys
+    part, plan, S = head.part, rows.plan, head.page * len(head.pages.width)
     means = product("GTH,PH->PGT", rows.query, head.pages.key)
     means = jnp.moveaxis(jnp.where(plan.mean, means + jnp.log(head.page), -jnp.inf), 0, 2)
-    keys = product("GTH,SH->GTS", rows.query, part.key[0, 0].astype(rows.query.dtype))
+    keys = product("GTH,SH->GTS", rows.query, part.key[0, 0, :S].astype(rows.query.dtype))
     seen = part.mask.at(rows.at, jnp.arange(S))[0, 0] & jnp.moveaxis(jnp.repeat(plan.read, head.page, axis=0), 0, 2)
     weights = softmax(jnp.concatenate([means, jnp.where(seen, keys, -jnp.inf)], axis=-1))
-    values = jnp.concatenate([head.pages.value, part.value[0, 0].astype(keys.dtype)])
+    values = jnp.concatenate([head.pages.value, part.value[0, 0, :S].astype(keys.dtype)])
     return product("GTS,SE->GTE", weights, values)
 
 
@@ -117,4 +120,9 @@ def online(head: Head, rows: Rows, block: int) -> Found:
 
 def block(pages: int, page: int, keys: int) -> int:
     """The most keys, up to `keys` but at least a page, that are whole pages and of which all `pages` are a multiple."""
-    return page * max(n for n in range(1, pages + 1) if pages % n == 0 and n <= max(1, keys // page))
+    return page * divisor(pages, max(1, keys // page))
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is no more than another."""
+    return max(n for n in range(1, number + 1) if number % n == 0 and n <= most)

@@ -44,15 +44,15 @@ def first_keys(inputs: Inputs) -> Int[Array, ""]:
     return jnp.asarray(inputs.mask.num_keys) if lengths is None else lengths[0]
 
 
-def visible_pages(mask: Mask, at: Int[Array, " T"], page: int) -> Visible:
-    """What the queries `at` of the first batch element see; by a table less than that."""
+def visible_pages(mask: Mask, at: Int[Array, " T"], pages: int, page: int) -> Visible:
+    """What the queries `at` of the first batch element see of the first pages; by a table less than that."""
     first, last = (x[0][at] for x in mask.key_range())
-    start = page * jnp.arange(mask.num_keys // page)[:, None]
+    start = page * jnp.arange(pages)[:, None]
     low, high = first[None], last[None]
     known = (low <= start) & (high >= start)
     whole, seen = known & (high >= start + page - 1), (low <= start + page - 1) & (high >= start)
     if mask.query_segments is not None and mask.key_segments is not None:
-        mine, theirs = mask.query_segments[0][at][None], mask.key_segments[0].reshape(-1, page)
+        mine, theirs = mask.query_segments[0][at][None], mask.key_segments[0][: pages * page].reshape(pages, page)
         least, most = theirs.min(1)[:, None], theirs.max(1)[:, None]
         same = (least == mine) & (most == mine)
         whole, known, seen = whole & same, known & same, seen & (least <= mine) & (mine <= most)

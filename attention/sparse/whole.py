@@ -28,7 +28,7 @@ def attended(part: Inputs, own: Limits, block: int) -> tuple[Float[Array, "G T E
 
     def tile(row):
         at = row + jnp.arange(R)
-        visible = visible_pages(part.mask, at, block)
+        visible = visible_pages(part.mask, at, part.mask.num_keys // block, block)
         some, clear = visible.seen.any((1, 2)), visible.whole.all((1, 2))
         order = jnp.nonzero(some, size=len(some), fill_value=0)[0]
         query = lax.dynamic_slice_in_dim(part.query[0, 0], row, R, axis=1).reshape(G * R, -1).T
