@@ -13,11 +13,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.inputs import Inputs
-from attention.sparse import plan as plans
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.online import across
-from attention.sparse.plan import Limits, Plan
+from attention.sparse.plan import Limits, Plan, plan
 from attention.sparse.reading import Found, Head, Rows, block, definition, divisor, online
 from attention.sparse.visible import edges, growing_means, visible_pages
 
@@ -59,7 +58,7 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
     """Every tile online, and then the late rows."""
     G, T = head.part.query.shape[2:4]
     size = block(len(head.pages.width), options.page, READ)
-    most = T // LATE
+    most = T // LATE if head.part.mask.num_keys > MANY else 0
 
     def tile(head, before, i):
         rows = _tile(head, own, options, i * options.rows)
@@ -90,9 +89,8 @@ def _spans(head: Head, options: Options) -> list[tuple[Head, Int[Array, " n"]]]:
         return [(head, jnp.arange(tiles))]
     ends = [tiles * (n + 1) // SPANS for n in range(SPANS)]
     reach = [min(mask.num_keys, -(-end * options.rows // block) * block) for end in ends]
-    return [
-        (head.before(keys), jnp.arange(start, end)) for start, end, keys in zip([0, *ends], ends, reach, strict=False)
-    ]
+    parts = zip([0, *ends], ends, reach, strict=False)
+    return [(head.before(keys), jnp.arange(start, end)) for start, end, keys in parts if start < end]
 
 
 def defined(head: Head, own: Limits, options: Options) -> Float[Array, "G T E"]:
@@ -108,7 +106,9 @@ def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[A
     """The results with those of late rows, of any query heads, and the pairs that these read."""
     G, T, H = head.part.query.shape[2:]
     size, N = block(len(head.pages.width), options.page, LATE_READ), G * T
-    order = jnp.nonzero(late.reshape(-1), size=-(-N // LATE // LATE_ROWS) * LATE_ROWS, fill_value=N)[0]
+    # By time and then by head, so that a row's place says nothing of what comes after it.
+    order = jnp.nonzero(late.T.reshape(-1), size=-(-(N // LATE) // LATE_ROWS) * LATE_ROWS, fill_value=N)[0]
+    order = jnp.where(order < N, order % G * T + order // G, N)
     query, limits = head.part.query[0, 0].reshape(1, N, H), Limits(*(x.reshape(1, N) for x in own))
 
     def some(i, carry):
@@ -139,12 +139,12 @@ def planned(head: Head, query, at, own: Limits, options: Options) -> Rows:
     visible = visible_pages(head.part.mask, at, len(head.pages.width), options.page)
     edge = edges(visible, growing, options.page)
     limits = {"size": options.page, "tolerance": options.tolerance, "reach": REACH[options.bound]}
-    return Rows(query, at, own, visible, plans.plan(still, pages, visible, edge, own, **limits))
+    return Rows(query, at, own, visible, plan(still, pages, visible, edge, own, **limits))
 
 
-def _without(plan: Plan, left: Bool[Array, "G R"]) -> Plan:
+def _without(chosen: Plan, left: Bool[Array, "G R"]) -> Plan:
     """The plan of rows of which some read nothing here."""
-    return plan._replace(read=plan.read & ~left[None])
+    return chosen._replace(read=chosen.read & ~left[None])
 
 
 def _certified(rows: Rows, found: Found) -> tuple[Float[Array, "G R"], Float[Array, "G R"]]:

@@ -95,15 +95,15 @@ def outward(dtype, terms: int):
 
 
 def _spectral(matrix: Float[Array, "*B H E"]) -> Float[Array, "*B"]:
-    """An upper bound on the largest singular value: |(M^T M)^2|_F^(1/4), at most (rank)^(1/8) times too large.
+    """An upper bound on the largest singular value: |(M M^T)^2|_F^(1/4), at most (rank)^(1/8) times too large.
 
     The matrix is scaled to a largest entry of one; squares that vanish are then no part of the result.
     """
     largest = jnp.abs(matrix).max((-2, -1), keepdims=True)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     M = matrix / unit
-    square = product("...he,...hf->...ef", M, M)
-    fourth = product("...ef,...fg->...eg", square, square)
+    square = product("...he,...fe->...hf", M, M)
+    fourth = product("...hf,...fg->...hg", square, square)
     # Each entry of the products is off by less than its terms times u, against norms of at least one.
     n = max(matrix.shape[-2:])
     factor = 1 + 8 * n * n * product_roundoff(matrix.dtype)
