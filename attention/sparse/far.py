@@ -25,9 +25,10 @@ from attention.sparse.moments import outward
 from attention.sparse.online import across
 from attention.sparse.plan import Limits
 from attention.sparse.polynomial import CHUNK, exactly, mended, mended_by_definition, polynomial
-from attention.sparse.visible import alike, first_keys
+from attention.sparse.visible import alike, first_keys, first_rows, spaced
 
 SHARE = 1 / 16  # of the rows that may read every key
+LOOKS = 2048  # rows, and keys, by which that is predicted
 
 
 class All(NamedTuple):
@@ -57,14 +58,16 @@ def pays(inputs: Inputs) -> bool:
 
 
 def enough(part: Inputs, own: Limits, width: Float[Array, ""], tolerance: float) -> Bool[Array, ""]:
-    """Whether few rows of a key head have a bound above tolerance * `width`; 2 H^2 operations a query and key."""
-    query, key, value, seen, rows = _operands(part)
-    known = spread(key, value, seen)
+    """Whether few rows of a key head seem to have a bound above tolerance * `width`, by some rows and keys."""
+    query, key, value, seen, _ = _operands(part)
+    rows, keys = spaced(first_rows(part), max(1, LOOKS // part.query.shape[2])), spaced(first_keys(part), LOOKS)
+    query, rounding = (x.reshape(*part.query.shape[2:4], -1)[:, rows] for x in (query, own.rounding))
+    query, rounding, total = query.reshape(-1, query.shape[-1]), rounding.reshape(-1), len(key)
+    known = spread(key[keys], value[keys], seen[keys])
     # To first order |o - m| is |coupling q|; the rest is a guess, on which no bound relies.
     guess = norms(product("NH,EH->NE", query, known.coupling)) + known.depth * _square(query, known)
-    error = error_bound(query, known, guess, len(key))
-    wrong = rows & ~(error <= tolerance * width - own.rounding.reshape(-1))
-    return wrong.mean() <= SHARE
+    error = error_bound(query, known, guess, total)
+    return jnp.mean(~(error <= tolerance * width - rounding)) <= SHARE
 
 
 def attended(part: Inputs, own: Limits, width: Float[Array, ""], *, tolerance: float, defined: bool):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.inputs import Inputs
 from attention.rounding import product, roundoff
 from attention.sparse.plan import Limits
-from attention.sparse.visible import alike
+from attention.sparse.visible import alike, first_keys, first_rows, spaced
 
 LEAST = 2048  # queries, and keys, below which nothing is sorted
 PAGES = 8  # of keys, likewise
@@ -94,7 +94,7 @@ def ordered(part: Inputs, own: Limits, look: Look, page: int):
 def _still(part: Inputs):
     """Queries and keys of one key head, and how many of them there are."""
     query, key = (lax.stop_gradient(x).astype(part.query.dtype) for x in (part.query[0, 0], part.key[0, 0]))
-    return query, key, _length(part.mask.query_lengths, query.shape[1]), _length(part.mask.key_lengths, len(key))
+    return query, key, first_rows(part), first_keys(part)
 
 
 def clusters(key: Float[Array, "S H"], keys: Int[Array, ""], most: int) -> Clusters:
@@ -140,16 +140,6 @@ def _neighbours(x: Float[Array, "N H"], count, found: Clusters, apart, page: int
     at = spaced(count - page // 2, 2 * len(apart))
     both = labels(jnp.concatenate([x[at], x[at + page // 2]]), found, apart)
     return jnp.mean(both[: len(at)] == both[len(at) :]) >= AGREE
-
-
-def spaced(count, some: int) -> Int[Array, " some"]:
-    """Indices below `count`, evenly spaced, without products that overflow; zeros if there are none."""
-    count, i = jnp.maximum(count, 0), jnp.arange(some)
-    return i * (count // some) + i * (count % some) // some
-
-
-def _length(lengths, size: int):
-    return jnp.asarray(size) if lengths is None else jnp.broadcast_to(lengths, (1,))[0]
 
 
 def _moved(x: Float[Array, "G T *E"], order: Int[Array, "G T"]) -> Float[Array, "G T *E"]:

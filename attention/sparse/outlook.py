@@ -9,9 +9,8 @@ from jaxtyping import Array, Bool
 
 from attention.inputs import Inputs
 from attention.rounding import norms, product
-from attention.sparse.order import spaced
 from attention.sparse.plan import Limits, threshold
-from attention.sparse.visible import first_keys
+from attention.sparse.visible import first_keys, first_rows, spaced
 
 LOOKS = 256  # queries that are looked at
 MOST = 0.5  # of the pages: if they read more, all are read
@@ -24,8 +23,7 @@ def hopeless(part: Inputs, own: Limits, page: int, width, tolerance: float) -> B
     """
     dtype, H = part.query.dtype, part.query.shape[-1]
     keys = part.key[0, 0].astype(dtype).reshape(-1, page, H)
-    queries = part.mask.num_queries if part.mask.query_lengths is None else part.mask.query_lengths[0]
-    at = spaced(queries, max(1, LOOKS // part.query.shape[2]))
+    at = spaced(first_rows(part), max(1, LOOKS // part.query.shape[2]))
     query, own = part.query[0, 0][:, at].reshape(-1, H), Limits(*(x[:, at].reshape(-1) for x in own))
     whole = (jnp.arange(len(keys)) + 1) * page <= first_keys(part)
     centre = keys.mean(1)

@@ -44,6 +44,18 @@ def first_keys(inputs: Inputs) -> Int[Array, ""]:
     return jnp.asarray(inputs.mask.num_keys) if lengths is None else lengths[0]
 
 
+def first_rows(inputs: Inputs) -> Int[Array, ""]:
+    """How many queries of the first batch element there are."""
+    lengths = inputs.mask.query_lengths
+    return jnp.asarray(inputs.mask.num_queries) if lengths is None else lengths[0]
+
+
+def spaced(count, some: int) -> Int[Array, " some"]:
+    """Indices below `count`, evenly spaced, without products that overflow; zeros if there are none."""
+    count, i = jnp.maximum(count, 0), jnp.arange(some)
+    return i * (count // some) + i * (count % some) // some
+
+
 def visible_pages(mask: Mask, at: Int[Array, " T"], pages: int, page: int) -> Visible:
     """What the queries `at` of the first batch element see of the first pages; by a table less than that."""
     first, last = (x[0][at] for x in mask.key_range())

@@ -30,27 +30,26 @@ def attended(part: Inputs, own: Limits, block: int) -> tuple[Float[Array, "G T E
         at = row + jnp.arange(R)
         visible = visible_pages(part.mask, at, part.mask.num_keys // block, block)
         some, clear = visible.seen.any((1, 2)), visible.whole.all((1, 2))
-        order = jnp.nonzero(some, size=len(some), fill_value=0)[0]
         query = lax.dynamic_slice_in_dim(part.query[0, 0], row, R, axis=1).reshape(G * R, -1).T
         size = lax.dynamic_slice_in_dim(own.size, row, R, axis=1).reshape(-1)
 
-        def add(i, found):
-            col = order[i] * block
-            raw = _logits(part, query, row, R, col, block)
-            values = lax.dynamic_slice_in_dim(columns, col, block, axis=1)
+        def with_blocks(found, blocks, *, masked: bool):
+            order = jnp.nonzero(blocks, size=len(blocks), fill_value=0)[0]
 
-            def shown():
-                mask = part.mask.tile_by_key(row, R, col, block)[0, 0]
-                return jnp.broadcast_to(mask, (block, G, R)).reshape(block, -1)
+            def add(i, found):
+                col, shown = order[i] * block, None
+                if masked:
+                    shown = part.mask.tile_by_key(row, R, col, block)[0, 0]
+                    shown = jnp.broadcast_to(shown, (block, G, R)).reshape(block, -1)
+                raw = _logits(part, query, row, R, col, block)
+                return added(found, size, raw, lax.dynamic_slice_in_dim(columns, col, block, axis=1), shown)
 
-            return lax.cond(
-                clear[order[i]],
-                lambda x: added(x, size, raw, values, None),
-                lambda x: added(x, size, raw, values, shown()),
-                found,
-            )
+            return lax.fori_loop(0, blocks.sum(), add, found)
 
-        output, _ = finished(lax.fori_loop(0, some.sum(), add, begun(size, len(columns))))
+        found = with_blocks(begun(size, len(columns)), some & clear, masked=False)
+        if not part.mask.uses_everything or part.mask.causal or part.mask.window is not None:
+            found = with_blocks(found, some & ~clear, masked=True)
+        output, _ = finished(found)
         return output.reshape(G, R, -1), some.sum().astype(dtype) * (block * G * R)
 
     output, pairs = lax.map(tile, starts(T, R))
