@@ -1,7 +1,8 @@
 """One key head by pages: tile after tile, and then the rows that would have made their tiles read much for them alone.
 
-A row that reads more than `MANY` keys in whole pages is late: its tile leaves these out, and it is read with others of
-its kind. Whether it is depends on what it sees and on how many rows before it are, so that no later token moves a bit.
+A row that reads more than `MANY` keys in whole pages, where few rows of the tile before do, is late: its tile leaves it
+out, and it is read with others of its kind. What it sees and the rows before it decide that, so that no later token
+moves a bit.
 """
 
 import functools
@@ -25,6 +26,7 @@ MANY = 256  # keys in whole pages, beyond which a row is late
 LATE_ROWS, LATE_READ = 128, 1024  # of a tile of late rows
 SPANS, PAGES = 4, 64  # parts of causal tiles, and pages from which on there are so many
 LATE = 16  # at most one row in so many is late
+RARE = 8  # and none where more than one in so many of the tile before reads as much
 
 
 class Options(NamedTuple):
@@ -62,14 +64,15 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
 
     def tile(head, before, i):
         rows = _tile(head, own, options, i * options.rows)
-        wide = (rows.plan.read & rows.visible.whole).sum(0) * options.page > MANY
-        number = before[:, None] + jnp.cumsum(wide, axis=1)
-        late = wide & (number <= most)
+        (number, share), wide = before, (rows.plan.read & rows.visible.whole).sum(0) * options.page > MANY
+        late = wide & (share <= 1 / RARE)[:, None]
+        number = number[:, None] + jnp.cumsum(late, axis=1, dtype=jnp.int32)
+        late &= number <= most
         rows = rows._replace(plan=_without(rows.plan, late))
         found = online(head, rows, size)
-        return number[:, -1], (found.output, *_certified(rows, found), late, found.read, found.seen)
+        return (number[:, -1], wide.mean(1)), (found.output, *_certified(rows, found), late, found.read, found.seen)
 
-    before, parts = jnp.zeros(G, jnp.int32), []
+    before, parts = (jnp.zeros(G, jnp.int32), jnp.ones(G)), []
     for part, tiles in _spans(head, options):
         before, found = lax.scan(functools.partial(tile, part), before, tiles)
         parts.append(found)

@@ -32,22 +32,24 @@ class Certified(Cached):
     nothing. Pages that are seen in part, and all pages under a bias, a soft cap or a dense mask, are read. A row's
     pages depend on what it sees alone.
 
-    Where all queries of a head see the same keys, more than about twice (H + 2 choose 2) of them, and the logits are
-    small, the head takes them all at once: their moments up to the second for e^{q.k}, and every key for the few rows
-    whose bound is above the tolerance (`attention.sparse.far`). The rows of a head decide on that together. Where there
-    are at least 2,048 of each, in clusters and in no order, queries and keys are sorted into coherent tiles and pages
-    (`attention.sparse.order`).
+    Where all queries of a head see the same keys, the head decides for all its rows, before it makes a moment. If there
+    are more than about twice (H + 2 choose 2) keys and the logits are small, it takes them all at once: their moments
+    up to the second for e^{q.k}, and every key for the few rows whose bound is above the tolerance
+    (`attention.sparse.far`). If there are at least 2,048 queries and keys, in clusters and in no order, they are sorted
+    into coherent tiles and pages (`attention.sparse.order`). If a look at some rows finds nothing to leave out, every
+    key is read (`attention.sparse.outlook`). Elsewhere each row decides by what it sees.
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
         page: keys of a page, n.
-        query_chunk: rows of a tile, over all heads that share their keys. A tile reads what any of its rows wants.
+        query_chunk: rows of a tile, over all heads that share their keys. A tile reads what any of its rows wants, but
+            for a few rows that want much, which are read apart.
         bound: of a page's logits: `ball`, `box` or `sketch` (`attention.sparse.bounds`).
 
     Cost: with P = S / page, 2 T P H operations and about 40 T P more for the plan, 2 S H (H + E) for the moments, and
-    2 (H + E) for each query and key of the blocks of at least 512 keys that a tile reads, at most all of them. Memory
+    2 (H + E) for each query and key of the blocks of at least 256 keys that a tile reads, at most all of them. Memory
     O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, (H + 1) (H + 2) (E + 1) operations for
     each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once.
     Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where

@@ -119,7 +119,7 @@ def test_tolerance_zero_reads_everything():
 
 
 def test_distant_pages_are_not_read_and_the_error_is_within_the_tolerance():
-    """Two clusters 10 apart, in blocks of 512: each query reads its own, and half of all blocks is read."""
+    """Two clusters 10 apart, in blocks of 256: each query reads its own, and half of all blocks is read."""
     rng = np.random.default_rng(0)
     side = np.repeat([5.0, -5.0], 512)[None, :, None, None]
     query, key, value = (rng.standard_normal((1, 1024, 1, 8)) for _ in range(3))
