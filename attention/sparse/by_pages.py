@@ -64,15 +64,21 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
 
     def tile(head, before, i):
         rows = _tile(head, own, options, i * options.rows)
-        (number, share), wide = before, (rows.plan.read & rows.visible.whole).sum(0) * options.page > MANY
-        late = wide & (share <= 1 / RARE)[:, None]
+        (number, rare), wide = before, (rows.plan.read & rows.visible.whole).sum(0) * options.page > MANY
+        late = wide & rare[:, None]
         number = number[:, None] + jnp.cumsum(late, axis=1, dtype=jnp.int32)
         late &= number <= most
         rows = rows._replace(plan=_without(rows.plan, late))
         found = online(head, rows, size)
-        return (number[:, -1], wide.mean(1)), (found.output, *_certified(rows, found), late, found.read, found.seen)
+        return (number[:, -1], RARE * wide.sum(1) <= options.rows), (
+            found.output,
+            *_certified(rows, found),
+            late,
+            found.read,
+            found.seen,
+        )
 
-    before, parts = (jnp.zeros(G, jnp.int32), jnp.ones(G)), []
+    before, parts = (jnp.zeros(G, jnp.int32), jnp.zeros(G, bool)), []
     for part, tiles in _spans(head, options):
         before, found = lax.scan(functools.partial(tile, part), before, tiles)
         parts.append(found)
