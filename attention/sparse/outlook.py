@@ -1,7 +1,7 @@
 """Whether pages can be left out at all, from what costs one pass over keys and values and a few of the queries.
 
 Of a page of n keys, lambda is at least mean |y|^2 / H and psi at least 1 / 2 (`attention.sparse.plan`), and so the
-share of its mean at least n e^s |q|^2 D mean |y|^2 / (2 H). Where rows read most pages even so, they read all.
+share of its mean at least n e^s |q|^2 D mean |y|^2 / (2 H). Where rows read nearly all pages even so, they read all.
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from attention.sparse.plan import Limits, threshold
 from attention.sparse.visible import first_keys, first_rows, spaced
 
 LOOKS = 256  # queries that are looked at
-MOST = 0.5  # of the pages: if they read more, all are read
+MOST = 0.9  # of the pages: if they read more, all are read
 
 
 def hopeless(part: Inputs, own: Limits, page: int, width, tolerance: float) -> Bool[Array, ""]:
