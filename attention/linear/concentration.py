@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attention.bernstein import vector_deviation
 from attention.inputs import Inputs
 from attention.linear.chunks import chunks, flat, joined, split
 from attention.linear.engine import FeatureMap, over_rows, seen
@@ -80,11 +81,9 @@ def _deviation(second, largest, lost, m: int, confidence: float) -> Array:
         m: how many they are.
         confidence: 1 - p.
     """
-    p = 1 - confidence
-    both, one = math.log(8 / p), math.log(4 / p) / (2 * m)
-    deviation = largest * one**0.5 + jnp.sqrt(largest**2 * one + (jnp.sqrt(second) + lost) ** 2)
-    k = 2 * largest * both / (3 * m)
-    return k + jnp.sqrt(k**2 + 2 * deviation**2 * both / m) + 2 * lost
+    share = (1 - confidence) / 4
+    moment = jnp.sqrt(second) + lost
+    return vector_deviation(moment, largest, m, failure=share, moment_failure=share) + 2 * lost
 
 
 def _with_constant(feature_map: FeatureMap) -> FeatureMap:

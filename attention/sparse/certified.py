@@ -6,19 +6,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from attention.cache import Cached
 from attention.exact import Exact
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
-from attention.rounding import CALM, sees_any
-from attention.sparse import far, order
+from attention.rounding import sees_any
 from attention.sparse.bounds import REACH
-from attention.sparse.moments import moments
-from attention.sparse.plan import Limits, growing_means, limits, plan, visible_pages
-from attention.sparse.reading import Head, block, definition, online, padded
+from attention.sparse.by_pages import Options
+from attention.sparse.heads import attended
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,22 +32,24 @@ class Certified(Cached):
     nothing. Pages that are seen in part, and all pages under a bias, a soft cap or a dense mask, are read. A row's
     pages depend on what it sees alone.
 
-    Where all queries of a head see the same keys, more than about twice (H + 2 choose 2) of them, and the logits are
-    small, the head takes them all at once: their moments up to the second for e^{q.k}, and every key for the few rows
-    whose bound is above the tolerance (`attention.sparse.far`). The rows of a head decide on that together. Where there
-    are at least 2,048 of each, in clusters and in no order, queries and keys are sorted into coherent tiles and pages
-    (`attention.sparse.order`).
+    Where all queries of a head see the same keys, the head decides for all its rows, before it makes a moment. If there
+    are more than about twice (H + 2 choose 2) keys and the logits are small, it takes them all at once: their moments
+    up to the second for e^{q.k}, and every key for the few rows whose bound is above the tolerance
+    (`attention.sparse.far`). If there are at least 2,048 queries and keys, in clusters and in no order, they are sorted
+    into coherent tiles and pages (`attention.sparse.order`). If a look at some rows finds nothing to leave out, every
+    key is read (`attention.sparse.outlook`). Elsewhere each row decides by what it sees.
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
         page: keys of a page, n.
-        query_chunk: rows of a tile, over all heads that share their keys. A tile reads what any of its rows wants.
+        query_chunk: rows of a tile, over all heads that share their keys. A tile reads what any of its rows wants, but
+            for a few rows that want much, which are read apart.
         bound: of a page's logits: `ball`, `box` or `sketch` (`attention.sparse.bounds`).
 
     Cost: with P = S / page, 2 T P H operations and about 40 T P more for the plan, 2 S H (H + E) for the moments, and
-    2 (H + E) for each query and key of the blocks of at least 512 keys that a tile reads, at most all of them. Memory
+    2 (H + E) for each query and key of the blocks of at least 256 keys that a tile reads, at most all of them. Memory
     O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, (H + 1) (H + 2) (E + 1) operations for
     each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once.
     Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where
@@ -89,6 +88,11 @@ class Certified(Cached):
     def exact_limit(self, length: int) -> "Certified":
         return dataclasses.replace(self, tolerance=0.0)
 
+    @property
+    def options(self) -> Options:
+        """How a key head is attended to."""
+        return Options(self.page, self.query_chunk, float(self.tolerance), self.bound)
+
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
         return self._found(inputs)[0]
 
@@ -121,8 +125,8 @@ _OPERANDS = ("query", "key", "value", "bias", "soft_cap")
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _attention(operands, arrays, form, method: Certified):
     """The online form, which loops as long as there is something to read, and so has no derivative of its own."""
-    inputs = _inputs(operands, arrays, form)
-    return _by_tiles(inputs, method, _tile_online)
+    found = attended(_inputs(operands, arrays, form), method.options, defined=False)
+    return *found[:3], found.read / jnp.maximum(found.seen, 1)
 
 
 @_attention.defjvp
@@ -131,7 +135,7 @@ def _attention_jvp(form, method: Certified, primals, tangents):
     results = _attention(operands, arrays, form, method)
 
     def defined(operands):
-        return _by_tiles(_inputs(operands, arrays, form), method, _tile_by_definition)[0]
+        return attended(_inputs(operands, arrays, form), method.options, defined=True).output
 
     _, tangent = jax.jvp(defined, (operands,), (tangents[0],))
     return results, (tangent, *(jnp.zeros_like(x) for x in results[1:]))
@@ -140,75 +144,3 @@ def _attention_jvp(form, method: Certified, primals, tangents):
 def _inputs(operands, arrays, form) -> Inputs:
     mask, beta = jax.tree.unflatten(form, arrays)
     return Inputs(mask=mask, beta=beta, **operands)
-
-
-def _by_tiles(inputs: Inputs, method: Certified, tile):
-    """`tile` over the tiles of each key head: output, error bound, dropped mass and the share of blocks read."""
-    (B, K, G, T, _), dtype = inputs.query.shape, inputs.query.dtype
-    rows = min(T, max(1, method.query_chunk // G))
-    cols = block(inputs.mask.num_keys, method.page)
-    inputs = padded(inputs, rows, cols)
-    tiles, blocks = inputs.mask.num_queries // rows, inputs.mask.num_keys // cols
-    bounds = lax.stop_gradient(limits(inputs, method.page, rescalings=blocks + 1, fixed_shift=CALM))
-
-    def head(n):
-        b, k = n // K, n % K
-        part, own = inputs.part(b, 1, k, 1), Limits(*(x[b, k] for x in bounds))
-        back = _same
-        if method.tolerance and order.pays(inputs, method.page):
-            part, own, back = order.ordered(part, own, method.page)
-        key, value = (x[0, 0].astype(dtype) for x in (part.key, part.value))
-        pages = moments(key, value, method.page, bound=method.bound)
-        across = jnp.concatenate([value.T, jnp.ones((1, value.shape[0]), dtype)])
-        one = Head(part, pages, growing_means(key, method.page), across)
-
-        def by_pages():
-            found = lax.map(jax.checkpoint(lambda i: tile(one, own, method, i * rows, rows)), jnp.arange(tiles))
-            return jax.tree.map(_joined, found)
-
-        if method.tolerance and far.pays(inputs):
-            found = far.attended(one, own, by_pages, tolerance=method.tolerance, defined=tile is _tile_by_definition)
-        else:
-            found = by_pages()
-        return *(back(x) for x in found[:3]), *found[3:]
-
-    output, error, mass, read, seen = lax.map(head, jnp.arange(B * K))
-    output, error, mass = (x.reshape(B, K, G, -1, *x.shape[3:])[:, :, :, :T] for x in (output, error, mass))
-    return output, error, mass, read.sum() / jnp.maximum(seen.sum(), 1)
-
-
-def _same(x):
-    return x
-
-
-def _joined(x):
-    """The rows of all tiles after one another: `G T ...` from `count G rows ...`; numbers of a tile stay."""
-    return x if x.ndim < 3 else jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-
-
-def _planned(head: Head, own: Limits, method: Certified, row, rows: int):
-    """What the queries of a tile see, their limits and their plan, none of which has a derivative."""
-    part, pages, growing = lax.stop_gradient((head.part, head.pages, head.growing))
-    own = Limits(*(lax.dynamic_slice_in_dim(x, row, rows, axis=1) for x in own))
-    regular = part.mask.dense is None and part.bias is None and part.soft_cap is None
-    visible = visible_pages(part.mask, growing, row, rows, method.page, regular=regular)
-    query = lax.dynamic_slice_in_dim(part.query, row, rows, axis=3)[0, 0]
-    options = {"size": method.page, "tolerance": method.tolerance, "reach": REACH[method.bound]}
-    return visible, own, plan(query, pages, visible, own, **options)
-
-
-def _tile_online(head: Head, own: Limits, method: Certified, row, rows: int):
-    visible, own, chosen = _planned(head, own, method, row, rows)
-    found = online(head, chosen, visible, own, row, rows)
-    # The true sum of exponentials is no less than the sum found, but for rounding: a mean's part is a lower bound.
-    relative = own.odds * jnp.exp(-found.residual)
-    tail, mass = (jnp.where(x > 0, x * relative, 0) for x in (chosen.error, chosen.mass))
-    bound = 1.001 * tail + own.rounding
-    bound = jnp.where(jnp.isnan(bound), jnp.inf, bound)
-    return found.output, bound, jnp.fmin(mass, 1), found.read, found.seen
-
-
-def _tile_by_definition(head: Head, own: Limits, method: Certified, row, rows: int):
-    _, own, chosen = _planned(head, own, method, row, rows)
-    nothing = jnp.zeros_like(own.rounding)
-    return definition(head, chosen, row, rows), nothing, nothing, jnp.zeros(()), jnp.zeros(())

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attention.bernstein import vector_deviation
+
 EVENTS = 8  # delta / 8 for each tail that has to hold; `docs/bounds.md` counts them
 
 
@@ -47,31 +49,6 @@ def scalar_deviation(deviation, most, m: int, delta: float):
     return deviation * math.sqrt(2 * L / m) + most * (7 * L / (3 * max(m - 1, 1)))
 
 
-def vector_deviation(moment, most, m: int, delta: float):
-    r"""|mean of m draws - expectation| of vectors no longer than `most`, from the root of their mean squared length.
-
-        g + sqrt(g^2 + h^2 s^2),    g = 2 most L / (3 m),    h^2 = 2 L / m,    L = ln(8 / delta),
-        s = h most / 2 + sqrt((h most / 2)^2 + moment^2),
-
-    with probability at least 1 - delta / 2: delta / 4 for the vectors and delta / 8 for s.
-
-    References:
-        Pinelis, "Optimum bounds for the distributions of martingales in Banach spaces", Ann. Probab. 22 (1994),
-        theorem 3.4; Maurer, "A bound on the deviation probability for sums of non-negative random variables",
-        JIPAM 4 (2003), theorem 2.1.
-    """
-    L = math.log(EVENTS / delta)
-    half, range_term = math.sqrt(2 * L / m) / 2 * most, 2 * L / (3 * m) * most
-    largest = half + _length(half, moment)
-    return range_term + _length(range_term, math.sqrt(2 * L / m) * largest)
-
-
-def _length(x, y):
-    """sqrt(x^2 + y^2), for numbers whose squares overflow or vanish."""
-    high, low = jnp.maximum(x, y), jnp.minimum(x, y)
-    return high * jnp.sqrt(1 + (low / jnp.where(high > 0, high, 1)) ** 2)
-
-
 def sampled_bound(sample: Sample, away, odds, delta: float) -> tuple[Array, Array]:
     r"""Bounds on |output - exact output| and on the softmax mass of the n keys, each with probability 1 - delta.
 
@@ -91,7 +68,9 @@ def sampled_bound(sample: Sample, away, odds, delta: float) -> tuple[Array, Arra
     # Rounding moves each number by a share of odds - 1 at most, and their standard deviation by a share of the root.
     spread = sample.deviation + 2 * (odds - 1) * sample.root
     of_total = odds * n * scalar_deviation(spread, sample.most, m, delta) / total
-    of_values = odds * n * sample.radius * vector_deviation(sample.moment, sample.most, m, delta) / total
+    # delta / 2: delta / 4 for the vectors, and half of that for their lengths.
+    shares = {"failure": delta / 4, "moment_failure": delta / EVENTS}
+    of_values = odds * n * sample.radius * vector_deviation(sample.moment, sample.most, m, **shares) / total
     least = jnp.maximum(1 - of_total, sample.kept / (odds * total))
     error = (of_values + away * of_total) / jnp.where(least > 0, least, 0)
     tail = odds * n * sample.mean / total + of_total

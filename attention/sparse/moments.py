@@ -64,7 +64,7 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
         radius=radius,
         spread=wide * _spectral(product("...sh,...si->...hi", y, y) / size) + lost * radius**2,
         coupling=wide * _spectral(product("...sh,...se->...he", y, w) / size) + lost * radius * depth,
-        width=norms(value - value[..., :1, :]).max(-1) / wide,
+        width=widths(value),
         key_shift=sums * (wide * norms(mean_key) + radius),
         value_shift=sums * (wide * norms(mean_value) + depth),
     )
@@ -83,21 +83,27 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
     return found
 
 
+def widths(value: Float[Array, "*B C E"]) -> Float[Array, "*B"]:
+    """Max |v_j - v_first| of each page, rounded inward: two of its values are so far apart."""
+    wide = outward(value.dtype, value.shape[-1])
+    return norms(value - value[..., :1, :]).max(-1) / wide
+
+
 def outward(dtype, terms: int):
     """A factor above the relative error of a norm, or of a sum of positive numbers, with so many terms."""
     return 1 + 4 * (terms + 8) * roundoff(dtype)
 
 
 def _spectral(matrix: Float[Array, "*B H E"]) -> Float[Array, "*B"]:
-    """An upper bound on the largest singular value: |(M^T M)^2|_F^(1/4), at most (rank)^(1/8) times too large.
+    """An upper bound on the largest singular value: |(M M^T)^2|_F^(1/4), at most (rank)^(1/8) times too large.
 
     The matrix is scaled to a largest entry of one; squares that vanish are then no part of the result.
     """
     largest = jnp.abs(matrix).max((-2, -1), keepdims=True)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     M = matrix / unit
-    square = product("...he,...hf->...ef", M, M)
-    fourth = product("...ef,...fg->...eg", square, square)
+    square = product("...he,...fe->...hf", M, M)
+    fourth = product("...hf,...fg->...hg", square, square)
     # Each entry of the products is off by less than its terms times u, against norms of at least one.
     n = max(matrix.shape[-2:])
     factor = 1 + 8 * n * n * product_roundoff(matrix.dtype)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention.inputs import Inputs
 from attention.rounding import product, roundoff
-from attention.sparse.far import alike
 from attention.sparse.plan import Limits
+from attention.sparse.visible import alike, first_keys, first_rows, spaced
 
 LEAST = 2048  # queries, and keys, below which nothing is sorted
 PAGES = 8  # of keys, likewise
@@ -36,6 +36,18 @@ class Clusters(NamedTuple):
     centres: Float[Array, "K H"]
     count: Int[Array, ""]
 
+    @property
+    def apart(self) -> Float[Array, " K"]:
+        """Half the squares of the centres: what makes the largest of k.c - apart that of the nearest."""
+        return 0.5 * (self.centres**2).sum(-1)
+
+
+class Look(NamedTuple):
+    """The clusters of a head, and whether queries and keys are to be sorted by them."""
+
+    found: Clusters
+    sorts: Bool[Array, ""]
+
 
 def pays(inputs: Inputs, page: int) -> bool:
     """Whether order changes nothing, and there is enough to sort."""
@@ -43,39 +55,51 @@ def pays(inputs: Inputs, page: int) -> bool:
     return alike(inputs) and min(queries, keys) >= LEAST and keys >= PAGES * page
 
 
-def ordered(part: Inputs, own: Limits, page: int):
-    """The operands and limits of one key head, sorted if they are in clusters and in no order, and what undoes it.
+def looked(part: Inputs, page: int) -> Look:
+    """The clusters of one key head, and whether they are in no order.
 
-    Cost: K = min(S / page, 128) centres of 8 K keys, 2 (8 K)^2 H operations; if it sorts, 2 (T + S) K H and sorts.
-    Nothing of it has a derivative but the values that are moved.
+    Cost: K = min(S / page, 128) centres of 8 K keys, 2 (8 K)^2 H operations.
     """
-    query, key = (lax.stop_gradient(x).astype(part.query.dtype) for x in (part.query[0, 0], part.key[0, 0]))
-    S, T = len(key), query.shape[1]
-    rows, keys = _length(part.mask.query_lengths, T), _length(part.mask.key_lengths, S)
-    found = clusters(key, keys, min(S // page, MOST))
-    apart = 0.5 * (found.centres**2).sum(-1)
-    nothing = jnp.zeros_like(apart)
-    near = _neighbours(key, keys, found, apart, page) & _neighbours(query[0], rows, found, nothing, page)
-    sorts = (found.count > 1) & ~near
+    query, key, rows, keys = _still(part)
+    found = clusters(key, keys, min(len(key) // page, MOST))
+    nothing = jnp.zeros_like(found.apart)
+    near = _neighbours(key, keys, found, found.apart, page) & _neighbours(query[0], rows, found, nothing, page)
+    return Look(found, (found.count > 1) & ~near)
+
+
+def ordered(part: Inputs, own: Limits, look: Look, page: int):
+    """The operands and limits of one key head, sorted if that pays, and what undoes it.
+
+    Cost: if it sorts, 2 (T + S) K H operations and sorts. Nothing has a derivative but the values that are moved.
+    """
+    query, key, rows, keys = _still(part)
+    found, sorts = look
 
     def moved(part, own):
-        by_key = by_pages(jnp.where(jnp.arange(S) < keys, labels(key, found, apart), MOST), page)
-        label = labels(query.reshape(-1, query.shape[-1]), found, nothing).reshape(query.shape[:2])
-        by_query = jnp.argsort(jnp.where(jnp.arange(T)[None] < rows, label, MOST), axis=1, stable=True)
+        by_key = by_pages(jnp.where(jnp.arange(len(key)) < keys, labels(key, found, found.apart), MOST), page)
+        label = labels(query.reshape(-1, query.shape[-1]), found, jnp.zeros_like(found.apart)).reshape(query.shape[:2])
+        label = jnp.where(jnp.arange(query.shape[1])[None] < rows, label, MOST)
+        by_query = jnp.argsort(label, axis=1, stable=True)
         key_, value = (jnp.take(x, by_key, axis=2, unique_indices=True) for x in (part.key, part.value))
         part = dataclasses.replace(part, query=_moved(part.query[0, 0], by_query)[None, None], key=key_, value=value)
         return part, Limits(*(_moved(x, by_query) for x in own)), jnp.argsort(by_query, axis=1)
 
     def kept(part, own):
-        return part, own, jnp.broadcast_to(jnp.arange(T), query.shape[:2])
+        return part, own, jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
 
     part, own, back = lax.cond(sorts, moved, kept, part, own)
     return part, own, lambda x: lax.cond(sorts, lambda: _moved(x, back), lambda: x)
 
 
+def _still(part: Inputs):
+    """Queries and keys of one key head, and how many of them there are."""
+    query, key = (lax.stop_gradient(x).astype(part.query.dtype) for x in (part.query[0, 0], part.key[0, 0]))
+    return query, key, first_rows(part), first_keys(part)
+
+
 def clusters(key: Float[Array, "S H"], keys: Int[Array, ""], most: int) -> Clusters:
     """The clusters of the first `keys` keys, `most` at most."""
-    some = key[_spaced(keys, SAMPLE * most)]
+    some = key[spaced(keys, SAMPLE * most)]
     centred = some - some.mean(0)[None]
     square = (centred**2).sum(-1)
     apart = square[:, None] + square[None] - 2 * product("SH,RH->SR", centred, centred)
@@ -113,19 +137,9 @@ def by_pages(label: Int[Array, " S"], page: int) -> Int[Array, " S"]:
 
 def _neighbours(x: Float[Array, "N H"], count, found: Clusters, apart, page: int) -> Bool[Array, ""]:
     """Whether those half a page from each other tend to be in one cluster."""
-    at = _spaced(count - page // 2, 2 * len(apart))
+    at = spaced(count - page // 2, 2 * len(apart))
     both = labels(jnp.concatenate([x[at], x[at + page // 2]]), found, apart)
     return jnp.mean(both[: len(at)] == both[len(at) :]) >= AGREE
-
-
-def _spaced(count, some: int) -> Int[Array, " some"]:
-    """Indices below `count`, evenly spaced, without products that overflow; zeros if there are none."""
-    count, i = jnp.maximum(count, 0), jnp.arange(some)
-    return i * (count // some) + i * (count % some) // some
-
-
-def _length(lengths, size: int):
-    return jnp.asarray(size) if lengths is None else jnp.broadcast_to(lengths, (1,))[0]
 
 
 def _moved(x: Float[Array, "G T *E"], order: Int[Array, "G T"]) -> Float[Array, "G T *E"]:

@@ -13,15 +13,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attention.exponential import power, unit
 from attention.inputs import Inputs
-from attention.masks import Mask
 from attention.rounding import calm_limit, max_over_visible, norms, product, rounding_bound, roundoff
 from attention.sparse.bounds import odds_rounding, value_reach
 from attention.sparse.moments import Moments
+from attention.sparse.visible import Edge, Visible
 
 Reach = Callable[[Array, Moments], Array]
 
@@ -40,22 +39,6 @@ class Limits(NamedTuple):
     rounding: Float[Array, "*B G T"]
     odds: Float[Array, "*B G T"]
     size: Float[Array, "*B G T"]
-
-
-class Visible(NamedTuple):
-    """What the queries of a tile see of the pages of one head.
-
-    Attributes:
-        whole: whether a query sees all keys of a page.
-        seen: whether it may see any.
-        edge: the mean of the keys from the start of a page to the last key that it sees.
-        count: the number of these keys; 0 where it sees the page whole, or does not see all of them.
-    """
-
-    whole: Bool[Array, "P 1 T"]
-    seen: Bool[Array, "P 1 T"]
-    edge: Float[Array, "T H"]
-    count: Float[Array, " T"]
 
 
 class Plan(NamedTuple):
@@ -95,38 +78,11 @@ def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) ->
     )
 
 
-def visible_pages(mask: Mask, growing: Float[Array, "S H"], row, rows: int, page: int, *, regular: bool) -> Visible:
-    """What queries [row, row + rows) of one batch element see, with the mean of each key and those before in its page.
-
-    Only of `regular` calls, whose logits are q.k and whose mask has no table, can more be said than what may be seen.
-    """
-    first, last = (lax.dynamic_slice_in_dim(x[0], row, rows) for x in mask.key_range())
-    first, last, start = first[None], last[None], page * jnp.arange(mask.num_keys // page)[:, None]
-    whole, seen = (first <= start) & (last >= start + page - 1), (first <= start + page - 1) & (last >= start)
-    known = (first <= start) & (last >= start)
-    if mask.query_segments is not None and mask.key_segments is not None:
-        mine = lax.dynamic_slice_in_dim(mask.query_segments[0], row, rows)[None]
-        theirs = mask.key_segments[0].reshape(-1, page)
-        low, high = theirs.min(1)[:, None], theirs.max(1)[:, None]
-        same = (low == mine) & (high == mine)
-        whole, known, seen = whole & same, known & same, seen & (low <= mine) & (mine <= high)
-    cut = (known & ~whole).any(0) & regular
-    count = jnp.where(cut, last[0] % page + 1, 0).astype(growing.dtype)
-    edge = growing[last[0].clip(0, mask.num_keys - 1)]
-    return Visible((whole & regular)[:, None], seen[:, None], edge, count)
-
-
-def growing_means(key: Float[Array, "S H"], page: int) -> Float[Array, "S H"]:
-    """The mean of each key and of those before it in its page, by a triangular product."""
-    weights = jnp.tri(page, dtype=key.dtype) / jnp.arange(1, page + 1, dtype=key.dtype)[:, None]
-    pages = key.reshape(-1, page, key.shape[-1])
-    return product("ij,pjh->pih", weights, pages).reshape(key.shape)
-
-
 def plan(
     query: Float[Array, "G T H"],
     pages: Moments,
     visible: Visible,
+    edge: Edge,
     own: Limits,
     *,
     size: int,
@@ -145,25 +101,25 @@ def plan(
         x.reshape(-1, 1, 1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
     )
     logits = product("GTH,PH->PGT", query, pages.key)
-    edge = jnp.where(visible.count > 0, (query * visible.edge[None]).sum(-1), -jnp.inf)
-    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), edge)
+    part = jnp.where(edge.count > 0, (query * edge.mean[None]).sum(-1), -jnp.inf)
+    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), part)
     top = jnp.where(jnp.isfinite(top), top, 0)
     exponent, R = logits - top[None], reach(query, pages)
     near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
-    total = size * near.sum(0) + visible.count[None] * jnp.exp(edge - top)
+    total = size * near.sum(0) + edge.count[None] * jnp.exp(part - top)
     second = _remainder(near, exponent, R) * jnp.minimum(spread * length**2, R**2)
     shift = key_shift * length * (diameter + value_shift) + value_shift
     share = size * (second * diameter + _positive(near) * (coupling * length + shift))
     share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known
     width = jnp.where(whole, width, 0).max(0)
     budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * total
-    mean = whole & (share <= _threshold(share, budget)[None])
+    mean = whole & (share <= threshold(share, budget)[None])
     error = jnp.where(mean, share, 0).sum(0)
     mass = size * jnp.where(mean, near + second, 0).sum(0)
     return Plan(visible.seen & ~mean, mean, logits, top, error, mass)
 
 
-def _threshold(share: Float[Array, "P G T"], budget: Float[Array, "G T"]) -> Float[Array, "G T"]:
+def threshold(share: Float[Array, "P ..."], budget: Float[Array, "..."]) -> Float[Array, "..."]:
     """The budget over 2^e, with the smallest e >= 0 for which the shares up to it add up to no more than the budget.
 
     With e = log2(P) they always do; bisection over the integers up to it.

@@ -1,26 +1,24 @@
-"""Attention to the keys of some pages and the means of others: as a definition, and by online softmax over blocks.
+"""Attention of a tile of rows to the keys of some pages and the means of others: as a definition, and by blocks.
 
-A block is `BLOCK` keys or one page, whichever is more. A tile of queries reads the blocks that any of its rows wants;
-a row gives no weight to the pages that it does not read itself, so that its output depends on no other row.
+A tile reads the blocks that any of its rows wants; a row gives no weight to the pages that it does not read itself.
+Blocks lie where they lie whatever is wanted, so that a row's sums are those of its own pages, bit for bit.
 """
 
-import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attention.exact import softmax
-from attention.exponential import power, unit
+from attention.exponential import unit
 from attention.inputs import Inputs
-from attention.logits import soft_capped
-from attention.masks import slice_or_keep
-from attention.rounding import CALM, product
+from attention.rounding import product
 from attention.sparse.moments import Moments
-from attention.sparse.plan import Limits, Plan, Visible
-
-BLOCK = 512  # keys of a product: fewer would run on one thread of a CPU
+from attention.sparse.online import Partial, added, begun, finished
+from attention.sparse.plan import Limits, Plan
+from attention.sparse.visible import Visible
 
 
 class Head(NamedTuple):
@@ -28,151 +26,103 @@ class Head(NamedTuple):
 
     Attributes:
         part: its operands, `1 1 ...`, padded to whole tiles and blocks.
-        pages: its moments.
+        pages: the moments of its pages, or of the first of them that a tile can see.
         growing: the mean of each key and of those before it in its page.
-        across: the values across, with a last row of ones, `E+1 S`; then one product gives numerator and denominator.
+        across: the values across, with a last row of ones.
+        page: keys of a page.
     """
 
     part: Inputs
     pages: Moments
     growing: Float[Array, "S H"]
     across: Float[Array, "F S"]
+    page: int
+
+    def before(self, keys: int) -> "Head":
+        """What the queries read that see no more than the first `keys` keys."""
+        pages = jax.tree.map(lambda x: x[: -(-keys // self.page)], self.pages)
+        return self._replace(pages=pages)
 
 
-def padded(inputs: Inputs, rows: int, cols: int) -> Inputs:
-    """The inputs with as many more queries and keys, none of which sees or is seen, as fill tiles of rows by cols."""
-    mask, T, S = inputs.mask, inputs.mask.num_queries, inputs.mask.num_keys
-    more_rows, more_cols = -T % rows, -S % cols
-    if not more_rows and not more_cols:
-        return inputs
+class Rows(NamedTuple):
+    """The rows of a tile: queries, their places, their limits, what they see and what their plan is."""
 
-    def grown(x, axes, least: int = 0):
-        """Padded with zeros along `axes`, but for those of a size of at most `least`, which stand for every index."""
-        if x is None:
-            return None
-        return jnp.pad(x, [(0, axes.get(n, 0) if size > least else 0) for n, size in enumerate(x.shape)])
-
-    known = [x.shape[0] for x in (mask.offset, mask.query_lengths, mask.key_lengths, mask.dense) if x is not None]
-    batch = max(known, default=1)  # as many as the mask has, of which one may stand for all
-    lengths = {
-        "query_lengths": jnp.full((batch,), T) if mask.query_lengths is None else mask.query_lengths,
-        "key_lengths": jnp.full((batch,), S) if mask.key_lengths is None else mask.key_lengths,
-    }
-    tables = {3: more_rows, 4: more_cols}
-    mask = dataclasses.replace(
-        mask,
-        num_queries=T + more_rows,
-        num_keys=S + more_cols,
-        query_segments=grown(mask.query_segments, {1: more_rows}),
-        key_segments=grown(mask.key_segments, {1: more_cols}),
-        dense=grown(mask.dense, tables, least=1),
-        **lengths,
-    )
-    return dataclasses.replace(
-        inputs,
-        query=grown(inputs.query, {3: more_rows}),
-        key=grown(inputs.key, {2: more_cols}),
-        value=grown(inputs.value, {2: more_cols}),
-        bias=grown(inputs.bias, tables, least=1),
-        mask=mask,
-    )
+    query: Float[Array, "G R H"]
+    at: Int[Array, " R"]
+    own: Limits
+    visible: Visible
+    plan: Plan
 
 
-def definition(head: Head, plan: Plan, row, rows: int) -> Float[Array, "G T E"]:
+def definition(head: Head, rows: Rows) -> Float[Array, "G R E"]:
     """Softmax over the mean keys of some pages, each as often as the page has keys, and the keys of others."""
-    part, P = head.part, head.pages.key.shape[0]
-    size, query = part.mask.num_keys // P, lax.dynamic_slice_in_dim(part.query, row, rows, axis=3)[0, 0]
-    means = product("GTH,PH->PGT", query, head.pages.key)
-    means = jnp.moveaxis(jnp.where(plan.mean, means + jnp.log(size), -jnp.inf), 0, 2)
-    keys = part.masked_scores(row, rows, 0, part.mask.num_keys)[0, 0]
-    keys = jnp.where(jnp.moveaxis(jnp.repeat(plan.read, size, axis=0), 0, 2), keys, -jnp.inf)
-    weights = softmax(jnp.concatenate([means, keys], axis=-1))
-    values = jnp.concatenate([head.pages.value, part.value[0, 0].astype(query.dtype)])
+    part, plan, S = head.part, rows.plan, head.page * len(head.pages.width)
+    means = product("GTH,PH->PGT", rows.query, head.pages.key)
+    means = jnp.moveaxis(jnp.where(plan.mean, means + jnp.log(head.page), -jnp.inf), 0, 2)
+    keys = product("GTH,SH->GTS", rows.query, part.key[0, 0, :S].astype(rows.query.dtype))
+    seen = part.mask.at(rows.at, jnp.arange(S))[0, 0] & jnp.moveaxis(jnp.repeat(plan.read, head.page, axis=0), 0, 2)
+    weights = softmax(jnp.concatenate([means, jnp.where(seen, keys, -jnp.inf)], axis=-1))
+    values = jnp.concatenate([head.pages.value, part.value[0, 0, :S].astype(keys.dtype)])
     return product("GTS,SE->GTE", weights, values)
 
 
 class Found(NamedTuple):
-    """A tile's output, log of its sum of exponentials less the plan's top, and the blocks it read and might have."""
+    """A tile's output, log of its sum of exponentials less the plan's top, and the pairs that it read and might have.
 
-    output: Float[Array, "G T E"]
-    residual: Float[Array, "G T"]
+    A pair is a row and a key, counted by whole blocks.
+    """
+
+    output: Float[Array, "G R E"]
+    residual: Float[Array, "G R"]
     read: Float[Array, ""]
     seen: Float[Array, ""]
 
 
-def online(head: Head, plan: Plan, visible: Visible, own: Limits, row, rows: int) -> Found:
-    """The same block by block, reading those that a row wants."""
-    part, dtype = head.part, head.part.query.dtype
-    S, P = part.mask.num_keys, head.pages.key.shape[0]
-    page = S // P
-    C = block(S, page)
-    G, H = part.query.shape[2], part.query.shape[-1]
-    N, count = G * rows, S // C
-    query = lax.dynamic_slice_in_dim(part.query, row, rows, axis=3).reshape(N, H).T
+def online(head: Head, rows: Rows, block: int) -> Found:
+    """The same block by block, reading those of `block` keys that a row wants."""
+    part, dtype, plan = head.part, head.part.query.dtype, rows.plan
+    G, R, H = rows.query.shape
+    N, P, each = G * R, head.pages.key.shape[0], block // head.page
+    query, size = rows.query.reshape(N, H).T, rows.own.size.reshape(N)
+    means, logits = (x.reshape(P, N) for x in (plan.mean, plan.logits))
+    whole, seen = (jnp.broadcast_to(x, (P, G, R)) for x in (rows.visible.whole, rows.visible.seen))
+    wanted = plan.read.reshape(-1, each, N)
+    some, clear = wanted.any((1, 2)), (plan.read & whole).reshape(wanted.shape).all((1, 2))
+    order = jnp.nonzero(some, size=len(some), fill_value=0)[0]
 
-    reads, means, logits = (x.reshape(P, N) for x in (plan.read, plan.mean, plan.logits))
-    whole, seen = (jnp.broadcast_to(x, (P, G, rows)).reshape(P, N) for x in (visible.whole, visible.seen))
-    calm = (own.size <= CALM).reshape(N)
-    level = jnp.where(calm, own.size.reshape(N) * unit(dtype), -jnp.inf)
-    wanted = reads.reshape(count, C // page, N)
-    clear = (wanted & whole.reshape(wanted.shape)).all((1, 2))
-    some = wanted.any((1, 2))
-    order = jnp.nonzero(some, size=count, fill_value=0)[0]
+    def from_means(found: Partial) -> Partial:
+        values = head.page * jnp.concatenate([head.pages.value.T, jnp.ones((1, P), dtype)])
+        return added(found, size, logits * unit(dtype), values, means)
 
-    def add(carry, raw, values, shown):
-        """One step of online softmax: `raw` in units, C N; `values`, F C; `shown`, C N or None where all is."""
-        level, sums = carry
-        masked = raw if shown is None else jnp.where(shown, raw, -jnp.inf)
-        largest = lax.cond(calm.all(), lambda: level, lambda: jnp.maximum(level, masked.max(0)))
-        higher = jnp.where(calm, level, largest)
-        finite = jnp.where(jnp.isneginf(higher), 0, higher)
-        kept = power(level - finite)
-        gained = product("FS,SN->FN", values, power(masked - finite[None]))
-        return higher, sums * kept[None] + gained
-
-    def from_means(carry):
-        values = page * jnp.concatenate([head.pages.value.T, jnp.ones((1, P), dtype)])
-        return add(carry, logits * unit(dtype), values, means)
-
-    def from_block(i, carry):
+    def from_block(i, found: Partial) -> Partial:
         j = order[i]
-        key = lax.dynamic_slice_in_dim(part.key[0, 0], j * C, C).astype(dtype)
-        values = lax.dynamic_slice_in_dim(head.across, j * C, C, axis=1)
-        raw = _scores(part, key, query, row, rows, j * C, C)
+        key = lax.dynamic_slice_in_dim(part.key[0, 0], j * block, block).astype(dtype)
+        values = lax.dynamic_slice_in_dim(head.across, j * block, block, axis=1)
+        raw = product("SH,HN->SN", key * unit(dtype), query)
 
         def shown():
-            mask = part.mask.tile_by_key(row, rows, j * C, C)[0, 0]
-            mask = jnp.broadcast_to(mask, (C, G, rows)).reshape(C // page, page, N)
-            return (mask & wanted[j][:, None]).reshape(C, N)
+            mask = jnp.moveaxis(part.mask.at(rows.at, j * block + jnp.arange(block))[0, 0], 2, 0)
+            mask = jnp.broadcast_to(mask, (block, G, R)).reshape(each, head.page, N)
+            return (mask & wanted[j][:, None]).reshape(block, N)
 
-        return lax.cond(clear[j], lambda c: add(c, raw, values, None), lambda c: add(c, raw, values, shown()), carry)
+        return lax.cond(
+            clear[j], lambda x: added(x, size, raw, values, None), lambda x: added(x, size, raw, values, shown()), found
+        )
 
-    carry = level, jnp.zeros((head.across.shape[0], N), dtype)
-    carry = lax.cond(means.any(), from_means, lambda c: c, carry)
-    level, sums = lax.fori_loop(0, some.sum(), from_block, carry)
-    total = sums[-1]
-    output = (sums[:-1] / jnp.where(total > 0, total, 1)[None]).T.reshape(G, rows, -1)
-    residual = (jnp.log(total) + level / unit(dtype)).reshape(G, rows) - plan.top
-    might = seen.reshape(wanted.shape).any((1, 2))
-    return Found(output, residual, some.sum().astype(dtype), might.sum().astype(dtype))
-
-
-def block(keys: int, page: int) -> int:
-    """Keys read at once: as many whole pages as make BLOCK, no more than there are."""
-    pages = -(-keys // page)
-    return page * max(1, min(pages, BLOCK // page))
+    found = begun(size, len(head.across))
+    found = lax.cond(means.any(), from_means, lambda x: x, found)
+    found = lax.fori_loop(0, some.sum(), from_block, found)
+    output, residual = finished(found)
+    might = seen.reshape(wanted.shape).any((1, 2)).sum()
+    pairs = [x.astype(dtype) * (block * N) for x in (some.sum(), might)]
+    return Found(output.reshape(G, R, -1), residual.reshape(G, R) - plan.top, *pairs)
 
 
-def _scores(part: Inputs, key, query, row, rows: int, col, cols: int):
-    """The logits of a block in units of `exponential.unit`, C N."""
-    scaled = part.soft_cap is None and part.bias is None
-    key = key * unit(key.dtype) if scaled else key
-    raw = product("SH,HN->SN", key, query)
-    if scaled:
-        return raw
-    raw = soft_capped(raw, part.soft_cap)
-    if part.bias is not None:
-        bias = slice_or_keep(slice_or_keep(part.bias, row, rows, 3), col, cols, 4)[0, 0]
-        bias = jnp.broadcast_to(bias, (part.query.shape[2], rows, cols)).astype(raw.dtype)
-        raw = raw + jnp.moveaxis(bias, 2, 0).reshape(cols, -1)
-    return raw * unit(raw.dtype)
+def block(pages: int, page: int, keys: int) -> int:
+    """The most keys, up to `keys` but at least a page, that are whole pages and of which all `pages` are a multiple."""
+    return page * divisor(pages, max(1, keys // page))
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is no more than another."""
+    return max(n for n in range(1, number + 1) if number % n == 0 and n <= most)

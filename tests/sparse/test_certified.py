@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attention import Certified, certified_attention, dot_product_attention
-from attention.sparse import certified
+from attention.sparse import by_pages, plan
 from attention.testing.cases import Case, draw, families
 from attention.testing.oracle import oracle
 
@@ -82,21 +82,21 @@ def test_certified_error_is_within_the_tolerance():
 
 def planted(monkeypatch, plant: str) -> None:
     """A mistake in the plan, where the certificate comes from."""
-    true = certified.plan
+    true = plan.plan
 
-    def wrong(query, pages, visible, own, **options):
+    def wrong(query, pages, visible, edge, own, **options):
         if plant == "a sign":
-            right = true(query, pages, visible, own, **options)
+            right = true(query, pages, visible, edge, own, **options)
             return right._replace(error=-right.error)
         if plant == "value-blind":
             pages = pages._replace(coupling=0 * pages.coupling)
-            return true(query, pages, visible, own._replace(diameter=0 * own.diameter + 1), **options)
+            return true(query, pages, visible, edge, own._replace(diameter=0 * own.diameter + 1), **options)
         if plant == "a page missing":
-            right = true(query, pages, visible, own, **options)
+            right = true(query, pages, visible, edge, own, **options)
             return right._replace(read=right.read.at[0].set(False))
         raise ValueError(plant)
 
-    monkeypatch.setattr(certified, "plan", wrong)
+    monkeypatch.setattr(by_pages, "plan", wrong)
 
 
 @pytest.mark.parametrize("plant", ["a sign", "value-blind", "a page missing"])
@@ -119,7 +119,7 @@ def test_tolerance_zero_reads_everything():
 
 
 def test_distant_pages_are_not_read_and_the_error_is_within_the_tolerance():
-    """Two clusters 10 apart, in blocks of 512: each query reads its own, and half of all blocks is read."""
+    """Two clusters 10 apart, in blocks of 256: each query reads its own, and half of all blocks is read."""
     rng = np.random.default_rng(0)
     side = np.repeat([5.0, -5.0], 512)[None, :, None, None]
     query, key, value = (rng.standard_normal((1, 1024, 1, 8)) for _ in range(3))

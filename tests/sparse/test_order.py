@@ -9,7 +9,7 @@ import pytest
 
 from attention import Certified, certified_attention, dot_product_attention
 from attention.inputs import prepare
-from attention.sparse import order, reading
+from attention.sparse import by_pages, order
 from attention.testing.oracle import oracle
 
 B, T, H, RUN, PAGE = 2, 173, 8, 24, 8  # too few for the moments of all keys
@@ -20,7 +20,7 @@ METHOD = Certified(tolerance=0.01, page=PAGE, query_chunk=40)
 def small(monkeypatch):
     """Sorting pays for the problems of this file, and a block is a page."""
     monkeypatch.setattr(order, "LEAST", T)
-    monkeypatch.setattr(reading, "BLOCK", PAGE)
+    monkeypatch.setattr(by_pages, "READ", PAGE)
 
 
 def problem(seed: int, *, shuffled: bool):

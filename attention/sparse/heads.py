@@ -1,0 +1,98 @@
+"""How one key head is attended to: by pages, by the moments of all keys, or by every key, decided before a key is read.
+
+Where all queries see the same keys, the head decides for all its rows together; elsewhere each row decides by what it
+sees.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from attention.inputs import Inputs
+from attention.rounding import CALM
+from attention.sparse import by_pages, far, order, whole
+from attention.sparse.by_pages import Options, Result
+from attention.sparse.moments import widths
+from attention.sparse.outlook import hopeless
+from attention.sparse.padding import padded
+from attention.sparse.plan import Limits, limits
+from attention.sparse.reading import block
+from attention.sparse.visible import alike, first_keys, regular
+
+
+def attended(inputs: Inputs, options: Options, *, defined: bool) -> Result:
+    """All key heads, `B K G T ...`; if `defined`, in a form that has a derivative, of which the output alone counts."""
+    (B, K, G, T), P = inputs.query.shape[:4], -(-inputs.mask.num_keys // options.page)
+    options = options._replace(rows=min(T, max(1, options.rows // G)))
+    inputs = padded(inputs, options.rows, options.page * min(P, max(1, by_pages.LATE_READ // options.page)))
+    size = block(P, options.page, by_pages.READ)
+    rescalings = inputs.mask.num_keys // size + 1
+    bounds = lax.stop_gradient(limits(inputs, options.page, rescalings=rescalings, fixed_shift=CALM))
+
+    def head(n):
+        b, k = n // K, n % K
+        return _head(inputs.part(b, 1, k, 1), Limits(*(x[b, k] for x in bounds)), options, defined=defined)
+
+    found = lax.map(head, jnp.arange(B * K))
+    rows = (x.reshape(B, K, G, -1, *x.shape[3:])[:, :, :, :T] for x in found[:3])
+    return Result(*rows, found.read.sum(), found.seen.sum())
+
+
+def _head(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
+    """One key head."""
+    if not (options.tolerance and regular(part)):
+        return _whole(part, own, options, defined=defined)
+    if not alike(part):
+        return _by_pages(part, own, options, defined=defined)
+    return _by_choice(part, own, options, defined=defined)
+
+
+def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
+    """One key head whose queries all see the same keys."""
+    page, tolerance, still = options.page, options.tolerance, lax.stop_gradient(part)
+    whole_pages = part.mask.num_keys // page
+    width = widths(still.value[0, 0].astype(part.query.dtype).reshape(whole_pages, page, -1))
+    width = jnp.where((jnp.arange(whole_pages) + 1) * page <= first_keys(part), width, 0).max()
+    dense = hopeless(still, own, page, width, tolerance)
+    look = order.looked(part, page) if order.pays(part, page) else None
+
+    def pages():
+        if look is None:
+            return _by_pages(part, own, options, defined=defined)
+        moved, limits, back = order.ordered(part, own, look, page)
+        result = _by_pages(moved, limits, options, defined=defined)
+        return Result(*(back(x) for x in result[:3]), *result[3:])
+
+    ways = [pages, lambda: _whole(part, own, options, defined=defined)]
+    way = (dense if look is None else dense & ~look.sorts).astype(jnp.int32)
+    if far.pays(part):
+        way = jnp.where(far.enough(still, own, width, tolerance), len(ways), way)
+        ways.append(lambda: _by_moments(part, own, width, options, defined=defined))
+    return lax.switch(way, ways)
+
+
+def _whole(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
+    """Every key that is seen."""
+    if defined:
+        return _output(whole.defined(part, options.rows), own)
+    pages = part.mask.num_keys // options.page
+    output, pairs = whole.attended(part, own, block(pages, options.page, whole.BLOCK))
+    return Result(output, own.rounding, jnp.zeros_like(own.rounding), pairs, pairs)
+
+
+def _by_pages(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
+    """Pages that are read, and means of others."""
+    head = by_pages.head_of(part, options)
+    return _output(by_pages.defined(head, own, options), own) if defined else by_pages.attended(head, own, options)
+
+
+def _by_moments(part: Inputs, own: Limits, width, options: Options, *, defined: bool) -> Result:
+    """All keys at once, but for a few rows."""
+    *found, share = far.attended(part, own, width, tolerance=options.tolerance, defined=defined)
+    pairs = jnp.asarray(part.mask.num_queries * part.mask.num_keys, share.dtype)
+    return Result(*found, share * pairs, pairs)
+
+
+def _output(x, own: Limits) -> Result:
+    """A result of which the output alone counts."""
+    nothing = jnp.zeros_like(own.rounding)
+    return Result(x, nothing, nothing, nothing[0, 0], nothing[0, 0])
