@@ -3,26 +3,29 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.cache import Cached
 from attention.exact import Exact
-from attention.inputs import Inputs
-from attention.method import Certificate, Cost, check_positive
+from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
+from attention.masks import Mask
+from attention.method import Certificate, Cost, Method, check_positive, compiled
 from attention.rounding import CALM, sees_any
 from attention.sparse import far, order
 from attention.sparse.bounds import REACH
+from attention.sparse.certified_step import step
 from attention.sparse.moments import moments
 from attention.sparse.plan import Limits, growing_means, limits, plan, visible_pages
 from attention.sparse.reading import Head, block, definition, online, padded
+from attention.sparse.summaries import SummarisedCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Certified(Cached):
+class Certified(Method):
     r"""Softmax attention with an error of at most tolerance * diam(V), and no more reading than a bound asks for.
 
     Keys lie in pages of n. Each row replaces the pages A, of those that it sees whole, by their mean keys and values
@@ -97,6 +100,42 @@ class Certified(Cached):
         seen = jnp.broadcast_to(sees_any(inputs.mask), bound.shape)
         bound, mass = (jnp.where(seen, x, 0) for x in (bound, mass))
         return output, Certificate(error_bound=bound, dropped_mass=mass, work=work, kind="deterministic")
+
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> SummarisedCache:
+        del num_heads
+        return SummarisedCache.empty(batch, num_kv_heads, head_dim, max_length, self.page, self.bound, dtype)
+
+    def extend(self, state: SummarisedCache, query, key, value, **options: Any) -> tuple[SummarisedCache, Array]:
+        new = prepare_tokens(self, query, key, value, **options)
+        longer = state.append(new.key, new.value, self.bound)
+        mask = Mask(
+            num_queries=new.mask.num_queries,
+            num_keys=longer.key.shape[2] * longer.key.shape[3],
+            causal=True,
+            window=new.mask.window,
+            offset=state.length[None],
+            key_lengths=longer.length[None],
+        )
+        output = compiled((dataclasses.replace(new, mask=mask), longer), method=self, hook="attend_state")
+        return longer, ungrouped(output, query).astype(query.dtype)
+
+    def attend_state(self, operands: tuple[Inputs, SummarisedCache]) -> Float[Array, "B K G T E"]:
+        """The output over a decoding state: of one query from the moments that it keeps, of more from its keys."""
+        inputs, state = operands
+        if inputs.mask.num_queries == 1:
+            query, options = inputs.query[:, :, :, 0], {"tolerance": self.tolerance, "bound": self.bound}
+            return step(query, state, inputs.mask, inputs.soft_cap, **options)[:, :, :, None]
+        key, value = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (state.key, state.value))
+        return self.attend(emptied(dataclasses.replace(inputs, key=key, value=value)))
 
     def _found(self, inputs: Inputs):
         """Output, error bound, dropped mass and work."""
