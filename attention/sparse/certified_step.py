@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.masks import Mask
-from attention.rounding import CALM, Sizes, norms
+from attention.rounding import CALM, Sizes, norms, product
 from attention.sparse.bounds import REACH
 from attention.sparse.gathered import attend
 from attention.sparse.moments import outward
@@ -85,8 +85,9 @@ def _limits(query, state: SummarisedCache, mask: Mask, cap) -> Limits:
     of = Sizes(length, key, value, count, None, cap, H, E, state.key.dtype)
     reach = 2 * outward(dtype, E) * jnp.minimum(value, spread)
     # Sums are rescaled by each part that is read, and rounded twice more by the division and the product between.
-    rescalings = 2 * (-(-P * C // AT_ONCE) + 2)
-    return limits_of(of, reach, C, rescalings=rescalings, fixed_shift=CALM)
+    parts = -(-P * C // min(P * C, AT_ONCE)) + 2
+    depth = max(P, C, AT_ONCE) + parts
+    return limits_of(of, reach, C, rescalings=2 * parts, fixed_shift=CALM, depth=depth)
 
 
 def _visible(state: SummarisedCache, n, mask: Mask, *, regular: bool) -> Visible:
@@ -110,7 +111,7 @@ def _of_means(chosen: Plan, value: Float[Array, "P E"], C: int) -> Sums:
     logits = jnp.where(mean, logits, -jnp.inf)
     level = logits.max(1)
     weights = C * jnp.exp(logits - _finite(level)[:, None])
-    return Sums((weights[:, :, None] * value[None]).sum(1), weights.sum(1), level)
+    return Sums(product("GP,PE->GE", weights, value), weights.sum(1), level)
 
 
 def _merged(a: Sums, b: Sums) -> Sums:

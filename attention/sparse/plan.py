@@ -85,12 +85,14 @@ def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) ->
     return limits_of(sizes(inputs), value_reach(inputs), page, rescalings=rescalings, fixed_shift=fixed_shift)
 
 
-def limits_of(of: Sizes, reach: Float[Array, "B K 1 T"], page: int, *, rescalings: int, fixed_shift: float) -> Limits:
-    """The same from the sizes, and from how far the values are apart at most."""
+def limits_of(
+    of: Sizes, reach: Float[Array, "B K 1 T"], page: int, *, rescalings: int, fixed_shift: float, depth: int | None = None
+) -> Limits:
+    """The same from the sizes, and from how far the values are apart at most; `depth` as in `rounding_bound`."""
     means = 2 * (page + 8) * roundoff(of.query.dtype) * of.value
     return Limits(
         diameter=jnp.broadcast_to(reach + means, of.query.shape),
-        rounding=rounding_bound(of, rescalings=rescalings, fixed_shift=fixed_shift) + means,
+        rounding=rounding_bound(of, rescalings=rescalings, depth=depth, fixed_shift=fixed_shift) + means,
         # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
         odds=odds_rounding(of, rescalings=rescalings, share=1 + (page + 8) / of.head),
         size=calm_limit(of),

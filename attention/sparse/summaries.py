@@ -21,6 +21,7 @@ class SummarisedCache:
     Attributes:
         key, value: `B K P C H` and `B K P C E`; what lies beyond `length` may be anything.
         pages: the moments, `B K P ...`, at least in float32; zeros where a page is not full.
+        origin: `B K E`, the first value.
         longest: `B K`, the largest norms among the keys, the values, and the values less the first of them.
         length: how many tokens there are.
     """
@@ -28,6 +29,7 @@ class SummarisedCache:
     key: Float[Array, "B K P C H"]
     value: Float[Array, "B K P C E"]
     pages: Moments
+    origin: Float[Array, "B K E"]
     longest: tuple[Float[Array, "B K"], Float[Array, "B K"], Float[Array, "B K"]]
     length: Int[Array, ""]
 
@@ -44,6 +46,7 @@ class SummarisedCache:
             key=key,
             value=value,
             pages=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+            origin=jnp.zeros((batch, num_kv_heads, head_dim), wide.dtype),
             longest=tuple(jnp.zeros((batch, num_kv_heads), wide.dtype) for _ in range(3)),
             length=jnp.zeros((), jnp.int32),
         )
@@ -57,31 +60,34 @@ class SummarisedCache:
             ValueError: the cache is full; as `attention.cache.KeyValueCache.append`.
         """
         T, (P, C), wide = key.shape[2], self.key.shape[2:4], self.longest[0].dtype
-        longest = self._longest(key, value)
+        origin, longest = self._longest(key, value)
         keys, values, end = written(self.key, self.value, self.length, key, value)
         first, touched = touched_pages(self.length, T, P, C)
         those = [lax.dynamic_slice_in_dim(x, first, touched, axis=2) for x in (keys, values)]
         full = ((first + jnp.arange(touched) + 1) * C <= end)[:, None, None]
         those = [jnp.where(full, x, jnp.zeros_like(x)).astype(wide) for x in those]
 
-        def summarise(_, pages):
-            heads = [x.reshape(-1, touched * C, x.shape[-1]) for x in those]
-            found = lax.map(lambda x: moments(*x, C, bound=bound), tuple(heads))  # one head's products at a time
+        heads = tuple(x.reshape(-1, touched * C, x.shape[-1]) for x in those)
+        filled = jnp.minimum(end // C - self.length // C, 1)
 
-            def updated(old, new):
-                new = new.reshape(*old.shape[:2], *new.shape[1:])
-                return lax.dynamic_update_slice_in_dim(old, new, first, axis=2)
+        def found():  # one head's products at a time
+            new = lax.map(lambda x: moments(*x, C, bound=bound), heads)
+            return jax.tree.map(lambda x: x.reshape(*self.key.shape[:2], *x.shape[1:]), new)
 
-            return jax.tree.map(updated, pages, found)
+        # Decided outside of the loop, out of which XLA would move the moments to make them in every step.
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
+        new = lax.cond(filled > 0, found, lambda: empty)
+
+        def update(_, pages):
+            return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, first, axis=2), pages, new)
 
         # A loop of one step or none, which updates in place: see `written`.
-        pages = lax.fori_loop(0, jnp.minimum(end // C - self.length // C, 1), summarise, self.pages)
-        return SummarisedCache(key=keys, value=values, pages=pages, longest=longest, length=end)
+        pages = lax.fori_loop(0, filled, update, self.pages)
+        return SummarisedCache(key=keys, value=values, pages=pages, origin=origin, longest=longest, length=end)
 
     def _longest(self, key, value):
-        """`longest` with the tokens to come, as they will be kept."""
-        wide = self.longest[0].dtype
-        key, value, kept = (x.astype(self.key.dtype).astype(wide) for x in (key, value, self.value[:, :, 0, 0]))
-        origin = jnp.where(self.length > 0, kept, value[:, :, 0])[:, :, None]
-        new = (norms(x).max(-1) for x in (key, value, value - origin))
-        return tuple(jnp.maximum(a, b) for a, b in zip(self.longest, new, strict=True))
+        """`origin` and `longest` with the tokens to come, as they will be kept."""
+        key, value = (x.astype(self.key.dtype).astype(self.origin.dtype) for x in (key, value))
+        origin = jnp.where(self.length > 0, self.origin, value[:, :, 0])
+        new = (norms(x).max(-1) for x in (key, value, value - origin[:, :, None]))
+        return origin, tuple(jnp.maximum(a, b) for a, b in zip(self.longest, new, strict=True))
