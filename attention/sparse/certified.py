@@ -132,8 +132,8 @@ class Certified(Method):
         """The output over a decoding state: of one query from the moments that it keeps, of more from its keys."""
         inputs, state = operands
         if inputs.mask.num_queries == 1:
-            query, options = inputs.query[:, :, :, 0], {"tolerance": self.tolerance, "bound": self.bound}
-            return step(query, state, inputs.mask, inputs.soft_cap, **options)[:, :, :, None]
+            query, mask, cap = inputs.query[:, :, :, 0], inputs.mask, inputs.soft_cap
+            return step(query, state, mask, cap, tolerance=self.tolerance, bound=self.bound)[:, :, :, None]
         key, value = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (state.key, state.value))
         return self.attend(emptied(dataclasses.replace(inputs, key=key, value=value)))
 

@@ -92,7 +92,7 @@ def _limits(query, state: SummarisedCache, mask: Mask, cap) -> Limits:
 
 def _visible(state: SummarisedCache, n, mask: Mask, *, regular: bool) -> Visible:
     """What the query sees of the pages of head n: what `attention.sparse.plan.visible_pages` says of a tile."""
-    (B, K, P, C, H), dtype = state.key.shape, state.longest[0].dtype
+    (P, C), dtype = state.key.shape[2:4], state.longest[0].dtype
     first, last = (x[0, 0] for x in mask.key_range())
     start = C * jnp.arange(P)[:, None, None]
     whole = (first <= start) & (last >= start + C - 1)
@@ -122,4 +122,3 @@ def _merged(a: Sums, b: Sums) -> Sums:
 
 def _finite(level: Float[Array, " G"]) -> Float[Array, " G"]:
     return jnp.where(jnp.isneginf(level), 0, level)
-

@@ -86,7 +86,13 @@ def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) ->
 
 
 def limits_of(
-    of: Sizes, reach: Float[Array, "B K 1 T"], page: int, *, rescalings: int, fixed_shift: float, depth: int | None = None
+    of: Sizes,
+    reach: Float[Array, "B K 1 T"],
+    page: int,
+    *,
+    rescalings: int,
+    fixed_shift: float,
+    depth: int | None = None,
 ) -> Limits:
     """The same from the sizes, and from how far the values are apart at most; `depth` as in `rounding_bound`."""
     means = 2 * (page + 8) * roundoff(of.query.dtype) * of.value

@@ -30,7 +30,7 @@ class SummarisedCache:
     value: Float[Array, "B K P C E"]
     pages: Moments
     origin: Float[Array, "B K E"]
-    longest: tuple[Float[Array, "B K"], Float[Array, "B K"], Float[Array, "B K"]]
+    longest: tuple[Float[Array, "B K"], ...]
     length: Int[Array, ""]
 
     @classmethod
