@@ -46,6 +46,9 @@ class Certified(Method):
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
+    In decoding, the state keeps the moments of whole pages, made as a page fills, and the largest norms. A step of one
+    token plans from these and copies the pages that it reads, and no others; it has derivatives in forward mode alone.
+
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
         page: keys of a page, n.
@@ -55,7 +58,8 @@ class Certified(Method):
     Cost: with P = S / page, 2 T P H operations and about 40 T P more for the plan, 2 S H (H + E) for the moments, and
     2 (H + E) for each query and key of the blocks of at least 512 keys that a tile reads, at most all of them. Memory
     O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, (H + 1) (H + 2) (E + 1) operations for
-    each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once.
+    each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once. A step of
+    decoding: 2 P H operations and about 40 P a head, what it reads, and 2 page H (H + E) where it fills a page.
     Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where
     rounding leaves room for it, and rounding. The certificate has what was reached.
 
