@@ -14,6 +14,7 @@ from attention.masks import Mask
 from attention.method import Certificate, Cost, Method, check_positive, compiled
 from attention.rounding import calm_limit
 from attention.sparse.odds import odds_certificate
+from attention.sparse.packed import packed_tiles
 from attention.sparse.pages import PagedCache, Pages, paged
 from attention.sparse.selection import Selection, chosen_tiles
 from attention.sparse.step import step
@@ -62,9 +63,7 @@ class BlockTopK(Method):
     window: int = 0
     sinks: int = 0
 
-    capabilities = dataclasses.replace(
-        Exact.capabilities, exact=False, residual=False, sees_all=False, segments=False, bias=False
-    )
+    capabilities = dataclasses.replace(Exact.capabilities, exact=False, residual=False, sees_all=False, bias=False)
 
     def __post_init__(self) -> None:
         check_positive(self, "blocks", "block_size", "query_block")
@@ -135,16 +134,20 @@ class BlockTopK(Method):
 
     def _over_heads(self, inputs: Inputs, pages: Pages, *, certified: bool, begun=None):
         """Output, odds of what was not read, share of pages read and last choice, of one query head after another."""
-        (B, K, G, _, _) = inputs.query.shape
+        (B, K, G, _, _), cap = inputs.query.shape, inputs.soft_cap
         limit = calm_limit(inputs) if begun is None else None  # of a cache it would read every key
 
         def head(n):
             b, k, g = n // (K * G), n // G % K, n % G
+            query, mask = inputs.query[b, k, g][None], one_head(inputs.mask, b, k, g)
+            if mask.query_segments is not None:
+                bound = None if limit is None else limit[b, k, g][None]
+                operands = query, inputs.key[b, k], inputs.value[b, k]
+                return *packed_tiles(self._rule(), *operands, mask, bound, cap, certified=certified), None
             own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
             chosen, bound = jax.tree.map(lambda x: x[b, k, g], (begun, limit))
-            bound, mask = None if bound is None else bound[None], one_head(inputs.mask, b, k, g)
-            query = inputs.query[b, k, g][None]
-            return chosen_tiles(self._rule(), query, own, mask, chosen, bound, inputs.soft_cap, certified=certified)
+            bound = None if bound is None else bound[None]
+            return chosen_tiles(self._rule(), query, own, mask, chosen, bound, cap, certified=certified)
 
         found = lax.map(head, jnp.arange(B * K * G))
         return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)

@@ -64,15 +64,15 @@ def box_bound(query: Float[Array, "G R H"], box: Float[Array, "P X"], soft_cap=N
     return bound if soft_cap is None else soft_cap * jnp.tanh(bound / soft_cap)
 
 
-def sound_box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -> Float[Array, "G R P"]:
+def sound_box_bound(query: Float[Array, "G R H"], box: Float[Array, "P X"], soft_cap=None) -> Float[Array, "G R P"]:
     """`box_bound` rounded outward: above every exact logit of the page. `docs/bounds.md` derives the margin."""
     dtype, H = query.dtype, query.shape[-1]
-    centre, half = jnp.split(pages.box.astype(dtype), 2, axis=-1)
+    centre, half = jnp.split(box.astype(dtype), 2, axis=-1)
     largest = norms(jnp.abs(centre) + half)
     size = norms(lax.stop_gradient(query))[..., None] * largest[None, None]
     margin = 1.01 * (2 * H * product_roundoff(dtype) + 16 * roundoff(dtype)) * size
     underflow = 4 * H * float(jnp.finfo(dtype).tiny) * (1 + norms(lax.stop_gradient(query)))[..., None]
-    bound = box_bound(query, pages.box) + margin + underflow
+    bound = box_bound(query, box) + margin + underflow
     if soft_cap is None:
         return bound
     return soft_cap * jnp.tanh(bound / soft_cap) + 16 * roundoff(dtype) * jnp.minimum(jnp.abs(bound), soft_cap)
