@@ -34,6 +34,9 @@ class BlockTopK(Method):
     head has its own choice. Only the pages that were chosen are read. Gradients flow through their entries; which
     they are is piecewise constant.
 
+    Where sequences are packed, tiles and pages count from the first token of each segment, whose output is what it is
+    alone; tokens of one id may lie in several runs (`attention.sparse.packed`).
+
     In decoding, boxes are kept up to date in the state, and so is the choice of the tile at hand.
 
     Attributes:
@@ -45,7 +48,8 @@ class BlockTopK(Method):
         sinks: keys at the beginning whose pages are read.
 
     Cost: 2 T n C (H + E) operations a head with n pages a tile, 4 S / C H for each query that chooses;
-    O((T + S) (H + E) + query_block n C) memory.
+    O((T + S) (H + E) + query_block n C) memory. With segments a tile more for each, and a sort; under vmap every query
+    counts as a tile.
     Error bound: tau diam(V), tau <= U / (Z + U) with Z the kept sum and U = sum C e^{bound} over the pages that were
     not read (`attention.sparse.odds.odds_certificate`): often vacuous, since a box is loose.
 
