@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attention.cache import mask_of_tokens
 from attention.exact import Exact
 from attention.inputs import Inputs, prepare_tokens, ungrouped
 from attention.masks import Mask
@@ -110,14 +111,7 @@ class BlockTopK(Method):
     def extend(self, state: PagedCache, query, key, value, **options: Any) -> tuple[PagedCache, Array]:
         new = prepare_tokens(self, query, key, value, **options)
         longer = state.append(new.key, new.value)
-        mask = Mask(
-            num_queries=new.mask.num_queries,
-            num_keys=longer.key.shape[2] * longer.key.shape[3],
-            causal=True,
-            window=new.mask.window,
-            offset=state.length[None],
-            key_lengths=longer.length[None],
-        )
+        mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)
         whole = dataclasses.replace(new, mask=mask)
         output, chosen = compiled((whole, longer), method=self, hook="attend_pages")
         return dataclasses.replace(longer, chosen=chosen), ungrouped(output, query).astype(query.dtype)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attention.cache import mask_of_tokens
 from attention.exact import Exact
 from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
-from attention.masks import Mask
 from attention.method import Certificate, Cost, Method, check_positive, compiled
 from attention.rounding import CALM, sees_any
 from attention.sparse import far, order
@@ -121,14 +121,7 @@ class Certified(Method):
     def extend(self, state: SummarisedCache, query, key, value, **options: Any) -> tuple[SummarisedCache, Array]:
         new = prepare_tokens(self, query, key, value, **options)
         longer = state.append(new.key, new.value, self.bound)
-        mask = Mask(
-            num_queries=new.mask.num_queries,
-            num_keys=longer.key.shape[2] * longer.key.shape[3],
-            causal=True,
-            window=new.mask.window,
-            offset=state.length[None],
-            key_lengths=longer.length[None],
-        )
+        mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)
         output = compiled((dataclasses.replace(new, mask=mask), longer), method=self, hook="attend_state")
         return longer, ungrouped(output, query).astype(query.dtype)
 

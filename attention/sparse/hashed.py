@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from attention.cache import mask_of_tokens
 from attention.exact import Exact
 from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
-from attention.masks import Mask
 from attention.method import Certificate, Cost, Method, Params, check_positive, compiled
 from attention.rounding import norms
 from attention.sparse.block_topk import one_head
@@ -132,14 +132,7 @@ class Hashed(Method):
         start = state.cache.length
         longer = state.cache.append(*(jnp.swapaxes(x, 1, 2) for x in (new.key, new.value)))
         code = lax.dynamic_update_slice_in_dim(state.code, jnp.swapaxes(keys, 1, 2), start, axis=1)
-        mask = Mask(
-            num_queries=new.mask.num_queries,
-            num_keys=longer.max_length,
-            causal=True,
-            window=new.mask.window,
-            offset=start[None],
-            key_lengths=longer.length[None],
-        )
+        mask = mask_of_tokens(new.mask, start, longer.length, longer.max_length)
         key, value = (jnp.swapaxes(x, 1, 2) for x in (longer.key, longer.value))
         whole = dataclasses.replace(new, key=key, value=value, mask=mask)
         output = compiled((whole, queries, jnp.swapaxes(code, 1, 2)), method=self, hook="attend_coded")

@@ -111,6 +111,10 @@ class PagedCache:
     def pages(self) -> Pages:
         return Pages(self.key, self.value, self.box)
 
+    @property
+    def max_length(self) -> int:
+        return self.key.shape[2] * self.key.shape[3]
+
     def append(self, key: Float[Array, "B K T H"], value: Float[Array, "B K T E"]) -> "PagedCache":
         """The state with T more tokens, and the boxes of the pages that they came into.
 

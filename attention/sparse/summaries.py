@@ -51,6 +51,10 @@ class SummarisedCache:
             length=jnp.zeros((), jnp.int32),
         )
 
+    @property
+    def max_length(self) -> int:
+        return self.key.shape[2] * self.key.shape[3]
+
     def append(self, key: Float[Array, "B K T H"], value: Float[Array, "B K T E"], bound: str) -> "SummarisedCache":
         """The state with T more tokens, and the moments of the pages that they fill.
 
