@@ -8,21 +8,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.cache import mask_of_tokens
 from attention.exact import Exact
-from attention.inputs import Inputs, prepare_tokens, ungrouped
+from attention.inputs import Inputs
 from attention.masks import Mask
-from attention.method import Certificate, Cost, Method, check_positive, compiled
+from attention.method import Certificate, Cost, check_positive
 from attention.rounding import calm_limit
 from attention.sparse.odds import odds_certificate
 from attention.sparse.packed import packed_tiles
+from attention.sparse.paged_method import Paged
 from attention.sparse.pages import PagedCache, Pages, paged
 from attention.sparse.selection import Selection, chosen_tiles
 from attention.sparse.step import step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockTopK(Method):
+class BlockTopK(Paged):
     r"""Softmax over `blocks` pages of keys that a tile of queries chooses, and over those of a window and of sinks.
 
         o_i = sum_{j in A_i} e^{l_ij} v_j / sum_{j in A_i} e^{l_ij},    A_i = visible keys of the pages of i's tile
@@ -107,14 +107,6 @@ class BlockTopK(Method):
         groups = (num_heads or num_kv_heads) // num_kv_heads
         sizes = batch, num_kv_heads, groups, head_dim, max_length, self.block_size, self.blocks
         return PagedCache.empty(*sizes, dtype)
-
-    def extend(self, state: PagedCache, query, key, value, **options: Any) -> tuple[PagedCache, Array]:
-        new = prepare_tokens(self, query, key, value, **options)
-        longer = state.append(new.key, new.value)
-        mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)
-        whole = dataclasses.replace(new, mask=mask)
-        output, chosen = compiled((whole, longer), method=self, hook="attend_pages")
-        return dataclasses.replace(longer, chosen=chosen), ungrouped(output, query).astype(query.dtype)
 
     def attend_pages(self, operands: tuple[Inputs, PagedCache]) -> tuple[Array, Array]:
         """The output over the pages of a decoding state, and the choice of the tile at hand."""

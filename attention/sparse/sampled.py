@@ -8,19 +8,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.cache import mask_of_tokens
 from attention.exact import Exact
-from attention.inputs import Inputs, prepare_tokens, ungrouped
-from attention.method import Certificate, Cost, Method, Params, check_positive, compiled
+from attention.inputs import Inputs
+from attention.method import Certificate, Cost, Params, check_positive
 from attention.rounding import rounding_bound, sees_any
 from attention.sparse.bounds import odds_rounding
+from attention.sparse.paged_method import Paged
 from attention.sparse.pages import PagedCache, paged
+from attention.sparse.rows import aligned
 from attention.sparse.sampled_bounds import limits_of, row_bounds
 from attention.sparse.tail import Known, Rule, Tile, tile_at, weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampled(Method):
+class Sampled(Paged):
     r"""Softmax over sinks, a window and heavy pages of keys, and over m of the n others, drawn with replacement.
 
         o = N / Z,    N = sum_{j kept} e^{l_j} v_j + (n / m) sum_{s <= m} e^{l_{j_s}} v_{j_s},
@@ -29,9 +30,9 @@ class Sampled(Method):
     A tile of queries, counted from position 0, keeps the first `sinks` keys and those from `window` before the tile
     to its end (`window` after it where not causal), and of the pages between them the `heavy` ones of the largest
     bounds, chosen as `BlockTopK` does by the queries that share a key head. Its rows and all heads share one sample of
-    the rest, as ranks among the keys that each has left. Where these are no more than m, all are read. What is drawn depends
-    on `params`, on the number of the tile and on how many keys are left, so that no later token changes it and decoding
-    draws as the whole does. Gradients flow through what was read, by its weight.
+    the rest, as ranks among the keys that each has left. Where these are no more than m, all are read. What is drawn
+    depends on `params`, on the number of the tile and on how many keys are left, so that no later token changes it and
+    decoding draws as the whole does. Gradients flow through what was read, by its weight.
 
     Attributes:
         samples: m.
@@ -47,7 +48,8 @@ class Sampled(Method):
     O((T + S) (H + E) + G query_block n).
     Error bound: probabilistic, at each row with probability 1 - delta over the draw of `params`: numerator and
     denominator by Bernstein bounds for samples of any size (`attention.sparse.deviations`), given a sound range of
-    e^l among the keys left, from norms and from the boxes of their pages; never more than the distance of two values. Rows of a tile share their luck.
+    e^l among the keys left, from norms and from the boxes of their pages; never more than the distance of two values.
+    Rows of a tile share their luck.
 
     Raises:
         ValueError: a size is out of range, delta is not between 0 and 1, or `params` are not those of a `Sampled`.
@@ -146,15 +148,6 @@ class Sampled(Method):
         del num_heads
         return PagedCache.empty(batch, num_kv_heads, 1, head_dim, max_length, self.page, self.heavy, dtype)
 
-    def extend(self, state: PagedCache, query, key, value, **options: Any) -> tuple[PagedCache, Array]:
-        """As `Method.extend`. `params` and `rng` must be those of the earlier calls."""
-        new = prepare_tokens(self, query, key, value, **options)
-        longer = state.append(new.key, new.value)
-        mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)
-        whole = dataclasses.replace(new, mask=mask)
-        output, chosen = compiled((whole, longer), method=self, hook="attend_pages")
-        return dataclasses.replace(longer, chosen=chosen), ungrouped(output, query).astype(query.dtype)
-
     def attend_pages(self, operands: tuple[Inputs, PagedCache]) -> tuple[Array, Array]:
         """The output over the pages of a decoding state, and what the last tile has chosen."""
         inputs, state = operands
@@ -185,7 +178,7 @@ class Sampled(Method):
             first = jnp.arange(count) * R - shift
             each = jax.checkpoint(lambda row: result(part, tile_at(rule, part, seed, own, n, row, R, offset), own))
             tiles = lax.map(each, first)
-            return jax.tree.map(lambda x: _joined(x, shift, T), tiles)
+            return jax.tree.map(lambda x: aligned(x, shift, T), tiles)
 
         found = lax.map(head, jnp.arange(B * K))
         return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), found)
@@ -215,10 +208,3 @@ class Sampled(Method):
 def _of_rows(tile: Tile) -> Array:
     """What the tile has chosen, at each of its rows: `1 R h`."""
     return jnp.broadcast_to(tile.chosen, (1, len(tile.at), tile.chosen.size))
-
-
-def _joined(tiles: Array, shift, T: int) -> Array:
-    """The T rows from `shift` on, `G T ...`, of `tiles G R ...`."""
-    tiles = jnp.moveaxis(tiles, 1, 0)
-    rows = tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
-    return lax.dynamic_slice_in_dim(rows, shift, T, axis=1)
