@@ -73,6 +73,18 @@ def room_for(length, max_length: int, value: Float[Array, "..."], *, axis: int) 
     return end, jnp.where(fits, value, jnp.nan)
 
 
+def mask_of_tokens(new: Mask, start, end, max_length: int) -> Mask:
+    """What new tokens, those from `start` to `end` of a sequence, see in a state with room for `max_length`."""
+    return Mask(
+        num_queries=new.num_queries,
+        num_keys=max_length,
+        causal=True,
+        window=new.window,
+        offset=start[None],
+        key_lengths=end[None],
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cached(Method, register=False):
     """A method whose decoding state is the cache, and whose `extend` is `attend` over it."""
@@ -117,14 +129,7 @@ class Cached(Method, register=False):
             rng=rng,
         )
         longer = state.append(*(jnp.swapaxes(x, 1, 2) for x in (new.key, new.value)))
-        mask = Mask(
-            num_queries=new.mask.num_queries,
-            num_keys=longer.max_length,
-            causal=True,
-            window=new.mask.window,
-            offset=state.length[None],
-            key_lengths=longer.length[None],
-        )
+        mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)
         key, value = (jnp.swapaxes(x, 1, 2) for x in (longer.key, longer.value))
         whole = dataclasses.replace(new, key=key, value=value, mask=mask)
         return longer, ungrouped(compiled(whole, method=self, hook="attend_cached"), query).astype(query.dtype)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -22,8 +23,52 @@ PRODUCT = {"cpu": 1, "cuda": 2, "rocm": 2, "tpu": 16}
 CALM = 20.0
 
 
+class Sizes(NamedTuple):
+    """What the bounds know of a call: of each row the largest norms that it sees, and how many keys.
+
+    Attributes:
+        query: |q|.
+        key, value: the largest norm among the keys, and values, up to the last one that the row sees.
+        count: n, the keys that the band and the lengths leave to it.
+        bias: the largest |bias| that is not infinite; or None.
+        soft_cap: or None.
+        head, width: H and E.
+        dtype: of keys and values, and of the output unless told.
+    """
+
+    query: Float[Array, "B K G T"]
+    key: Float[Array, "B K 1 T"]
+    value: Float[Array, "B K 1 T"]
+    count: Float[Array, "b 1 1 T"]
+    bias: Float[Array, "b k g t"] | None
+    soft_cap: Float[Array, ""] | None
+    head: int
+    width: int
+    dtype: Any
+
+
+def sizes(inputs: "Inputs | Sizes") -> Sizes:
+    """The sizes of a call in O((T + S) (H + E)) operations a head; what is one already stays."""
+    if isinstance(inputs, Sizes):
+        return inputs
+    mask, dtype = inputs.mask, inputs.query.dtype
+    first, last = mask.key_range()
+    bias = inputs.bias
+    return Sizes(
+        query=norms(inputs.query),
+        key=max_over_visible(mask, norms(inputs.key.astype(dtype))),
+        value=max_over_visible(mask, norms(inputs.value.astype(dtype))),
+        count=(last - first + 1).clip(0).astype(dtype)[:, None, None, :],
+        bias=None if bias is None else jnp.where(jnp.isneginf(bias), 0, jnp.abs(bias).astype(dtype)).max(-1),
+        soft_cap=inputs.soft_cap,
+        head=inputs.query.shape[-1],
+        width=inputs.value.shape[-1],
+        dtype=inputs.key.dtype,
+    )
+
+
 def rounding_bound(
-    inputs: Inputs, *, rescalings: int, depth: int | None = None, fixed_shift: float = 0.0, output_dtype=None
+    inputs: Inputs | Sizes, *, rescalings: int, depth: int | None = None, fixed_shift: float = 0.0, output_dtype=None
 ) -> Float[Array, "B K G T"]:
     r"""A bound on the Euclidean error of softmax attention in floating point, with or without tiles.
 
@@ -40,7 +85,7 @@ def rounding_bound(
     Cost: O((T + S) (H + E)) operations a head.
 
     Args:
-        inputs: the operands.
+        inputs: the operands, or their sizes.
         rescalings: how often a partial sum is rescaled by a new maximum.
         depth: the longest chain of additions that a term passes through; with tiles, the keys in one plus the
             number of tiles. Without it, all visible keys in any order.
@@ -48,61 +93,61 @@ def rounding_bound(
             their maximum. The exponent counts with min(L, L0) + L0, and underflow grows by e to the same.
         output_dtype: the dtype to which the output is rounded; that of `inputs.key` unless given.
     """
-    dtype, (H, E) = inputs.query.dtype, (inputs.query.shape[-1], inputs.value.shape[-1])
-    output_dtype = jnp.dtype(output_dtype or inputs.key.dtype)
+    of = sizes(inputs)
+    dtype, output_dtype = of.query.dtype, jnp.dtype(output_dtype or of.dtype)
     u_out = 0.0 if output_dtype == dtype else roundoff(output_dtype)
-    size, n = _logit_bound(inputs), _keys_in_range(inputs.mask, dtype)
+    size, n = _logit_bound(of), of.count
     reach = jnp.minimum(size, fixed_shift) + fixed_shift
     exponent = jnp.maximum(jnp.minimum(2 * size, jnp.log(jnp.maximum(n, 1))), reach)
-    e = _sums(inputs, exponent, rescalings, depth)
-    largest = max_over_visible(inputs.mask, norms(inputs.value.astype(dtype)))
-    moved = 2 * jnp.tanh(logit_rounding(inputs) / 2) + 2 * e / jnp.where(e < 1, 1 - e, 0)
-    lost = float(jnp.finfo(dtype).tiny) * (n + rescalings + jnp.exp(reach)) * (largest + E**0.5)
-    lost += float(jnp.finfo(output_dtype).smallest_subnormal) * E**0.5
+    e = _sums(of, exponent, rescalings, depth)
+    moved = 2 * jnp.tanh(logit_rounding(of) / 2) + 2 * e / jnp.where(e < 1, 1 - e, 0)
+    lost = float(jnp.finfo(dtype).tiny) * (n + rescalings + jnp.exp(reach)) * (of.value + of.width**0.5)
+    lost += float(jnp.finfo(output_dtype).smallest_subnormal) * of.width**0.5
     # One part in a thousand covers the rounding of this expression itself.
-    bound = 1.001 * largest * ((1 + u_out) * moved + u_out) + lost
+    bound = 1.001 * of.value * ((1 + u_out) * moved + u_out) + lost
     huge = float(jnp.finfo(dtype).max) / 4
-    known = (H * _score_bound(inputs) + size < huge) & (n * largest < huge) & (e < 1)
-    return jnp.where(sees_any(inputs.mask), jnp.where(known, bound, jnp.inf), 0)
+    known = (of.head * of.query * of.key + size < huge) & (n * of.value < huge) & (e < 1)
+    return jnp.where(n > 0, jnp.where(known, bound, jnp.inf), 0)
 
 
-def logit_rounding(inputs: Inputs) -> Float[Array, "B K G T"]:
+def logit_rounding(inputs: Inputs | Sizes) -> Float[Array, "B K G T"]:
     """D, a bound on the rounding error of every logit that a query sees.
 
     gamma_H(u_p) |q| max|k| + 5 u |q| max|k| + 2 u L, and 10 u min(cap, |q| max|k|) with a cap, 2 u L with a bias.
     """
-    u, H, dtype = roundoff(inputs.query.dtype), inputs.query.shape[-1], inputs.query.dtype
-    score = _score_bound(inputs)
-    error = gamma(H * product_roundoff(dtype) + 5 * u) * score + 2 * u * _logit_bound(inputs)
-    if inputs.soft_cap is not None:
-        error += 10 * u * jnp.minimum(score, inputs.soft_cap)
-    if inputs.bias is not None:
-        error += 2 * u * _logit_bound(inputs)
+    of = sizes(inputs)
+    u, H, dtype = roundoff(of.query.dtype), of.head, of.query.dtype
+    score = of.query * of.key
+    error = gamma(H * product_roundoff(dtype) + 5 * u) * score + 2 * u * _logit_bound(of)
+    if of.soft_cap is not None:
+        error += 10 * u * jnp.minimum(score, of.soft_cap)
+    if of.bias is not None:
+        error += 2 * u * _logit_bound(of)
     # Subnormal entries and products may count as zero.
-    lengths = norms(inputs.query) + max_over_visible(inputs.mask, norms(inputs.key.astype(dtype)))
-    return error + float(jnp.finfo(dtype).tiny) * (H + H**0.5 * lengths)
+    return error + float(jnp.finfo(dtype).tiny) * (H + H**0.5 * (of.query + of.key))
 
 
-def sum_rounding(inputs: Inputs, *, rescalings: int) -> Float[Array, "B K G T"]:
+def sum_rounding(inputs: Inputs | Sizes, *, rescalings: int) -> Float[Array, "B K G T"]:
     """A bound on the relative error of a sum of e^(logit - max) over any of the keys, given the logits.
 
     As e in `rounding_bound`, with 2 L or what underflows first for the exponent, since such a sum may have no more
     than the smallest of the terms.
     """
-    vanishing = 1 - math.log(float(jnp.finfo(inputs.query.dtype).smallest_subnormal))  # 104.3 in float32
-    return _sums(inputs, jnp.minimum(2 * _logit_bound(inputs), vanishing), rescalings, None)
+    of = sizes(inputs)
+    vanishing = 1 - math.log(float(jnp.finfo(of.query.dtype).smallest_subnormal))  # 104.3 in float32
+    return _sums(of, jnp.minimum(2 * _logit_bound(of), vanishing), rescalings, None)
 
 
-def calm_limit(inputs: Inputs) -> Float[Array, "B K G T"]:
+def calm_limit(inputs: Inputs | Sizes) -> Float[Array, "B K G T"]:
     """An upper bound on the size of the logits that each query sees, by norms; infinite where there is a bias.
 
     Of what comes after a query it knows nothing, and it has no gradient.
     """
-    longest = max_over_visible(inputs.mask, norms(inputs.key.astype(inputs.query.dtype)))
-    limit = lax.stop_gradient(norms(inputs.query) * longest)
-    if inputs.soft_cap is not None:
-        limit = jnp.minimum(limit, inputs.soft_cap.astype(limit.dtype))
-    return limit if inputs.bias is None else jnp.full_like(limit, jnp.inf)
+    of = sizes(inputs)
+    limit = lax.stop_gradient(of.query * of.key)
+    if of.soft_cap is not None:
+        limit = jnp.minimum(limit, of.soft_cap.astype(limit.dtype))
+    return limit if of.bias is None else jnp.full_like(limit, jnp.inf)
 
 
 def product(subscripts: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -148,31 +193,19 @@ def norms(x: Float[Array, "*N H"]) -> Float[Array, "*N"]:
     return unit[..., 0] * jnp.linalg.norm(x / unit, axis=-1)
 
 
-def _sums(inputs: Inputs, exponent, rescalings: int, depth: int | None) -> Float[Array, "B K G T"]:
+def _sums(of: Sizes, exponent, rescalings: int, depth: int | None) -> Float[Array, "B K G T"]:
     """The relative error of sums of exponentials whose exponents are `exponent` or, on average, less."""
-    dtype = inputs.query.dtype
-    n = _keys_in_range(inputs.mask, dtype)
+    dtype, n = of.query.dtype, of.count
     chain = n if depth is None else jnp.minimum(n, depth)
     factors = exponent + 6 * (jnp.minimum(n, rescalings) + 1)
     return gamma(chain * product_roundoff(dtype) + factors * roundoff(dtype))
 
 
-def _keys_in_range(mask: Mask, dtype) -> Float[Array, "b 1 1 T"]:
-    first, last = mask.key_range()
-    return (last - first + 1).clip(0).astype(dtype)[:, None, None, :]
-
-
-def _score_bound(inputs: Inputs) -> Float[Array, "B K G T"]:
-    return norms(inputs.query) * max_over_visible(inputs.mask, norms(inputs.key.astype(inputs.query.dtype)))
-
-
-def _logit_bound(inputs: Inputs) -> Float[Array, "B K G T"]:
+def _logit_bound(of: Sizes) -> Float[Array, "B K G T"]:
     """L, with the soft cap and the bias."""
-    score = _score_bound(inputs)
-    size = score if inputs.soft_cap is None else jnp.minimum(score, inputs.soft_cap)
-    if inputs.bias is None:
-        return size
-    return size + jnp.where(jnp.isneginf(inputs.bias), 0, jnp.abs(inputs.bias).astype(size.dtype)).max(-1)
+    score = of.query * of.key
+    size = score if of.soft_cap is None else jnp.minimum(score, of.soft_cap)
+    return size if of.bias is None else size + of.bias
 
 
 def gamma(x):

@@ -137,6 +137,8 @@ class Sparse(Exact):
     """Tokens, T = S."""
     decoded: tuple[int, ...] = (32768, 131072)
     """Tokens in the cache."""
+    families: tuple[str, ...] = ("iid", "coherent runs")
+    """What is in the cache."""
     rows: tuple[int, ...] = (4096,)
     """Entries of a row, of which k are selected."""
     k: int = 256
@@ -149,7 +151,7 @@ class Sparse(Exact):
     def cells(self) -> list[Any]:
         heads, size = self.heads, self.head_sizes[0]
         pairs = [sparse.Pair(T, causal, heads, size) for causal, T in itertools.product(self.causal, self.lengths)]
-        steps = [sparse.Step(S, heads, size) for S in self.decoded]
+        steps = [sparse.Step(S, heads, size, family) for S, family in itertools.product(self.decoded, self.families)]
         return [*pairs, *steps, *(sparse.Selection(S, min(self.k, S)) for S in self.rows)]
 
     def contestants(self, cell: Any) -> dict[str, Contestant]:

@@ -21,7 +21,8 @@ from experiments.drawing import COLUMNS, look, panels
 from experiments.timing import spread
 
 QUERIES = 4  # at the end of the keys
-RUN = 16  # keys around a shared centre
+RUN = 16  # keys around a shared centre, and of a page
+TOLERANCES = (0.1, 0.01, 0.001)  # of the largest distance of two values
 OPTIONS: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right"}
 
 
@@ -35,6 +36,8 @@ class Coverage:
     """Size of a head, H."""
     samples: tuple[int, ...] = (64, 256)
     """Keys drawn, m."""
+    heavy: tuple[int, ...] = (0, 8)
+    """Pages of 16 keys that are kept for their bounds."""
     temperatures: tuple[float, ...] = (0.125, 0.5, 1.0, 2.0, 4.0, 8.0)
     """Of the scores."""
     delta: float = 0.05
@@ -46,14 +49,15 @@ class Coverage:
 
     def measured(self) -> list[dict[str, Any]]:
         console = Console(stderr=True)
-        axes = list(itertools.product(self.samples, FAMILIES, self.temperatures))
+        axes = list(itertools.product(self.samples, self.heavy, FAMILIES, self.temperatures))
         return [
             self._counted(*axis) for axis in track(axes, "drawing", console=console, disable=not console.is_terminal)
         ]
 
-    def _counted(self, samples: int, family: str, temperature: float) -> dict[str, Any]:
+    def _counted(self, samples: int, heavy: int, family: str, temperature: float) -> dict[str, Any]:
         """Failures of the row that failed most often, whose draws are independent, with their interval of 95%."""
-        method = attention.Sampled(samples=samples, window=16, sinks=4, query_block=QUERIES, delta=self.delta)
+        sizes = {"samples": samples, "window": 16, "sinks": 4, "query_block": QUERIES, "heavy": heavy, "page": RUN}
+        method = attention.Sampled(**sizes, delta=self.delta)
         operands = problem(family, self.tokens, self.head_size)
         found = drawn(operands, temperature, method, seed=1, draws=self.draws)
         failures = int((found.error > found.bound).sum(0).max())
@@ -62,12 +66,14 @@ class Coverage:
         return {
             "family": family,
             "samples": samples,
+            "heavy": heavy,
             "temperature": temperature,
             "draws": self.draws,
             "failures": failures,
             "interval": [float(interval.low), float(interval.high)],
             "error": spread((found.error / apart).ravel()),
             "bound": spread((found.bound / apart).ravel()),
+            "fires": {str(level): float(np.mean(found.bound <= level * apart)) for level in TOLERANCES},
         }
 
 
@@ -172,12 +178,12 @@ def figure(results: list[dict[str, Any]]) -> Figure:
     drawing, axes = panels(len(FAMILIES), sharex=True, sharey=True)
     drawing.set_layout_engine("constrained")
     for panel, family in zip(axes, FAMILIES, strict=True):
-        for index, samples in enumerate(dict.fromkeys(x["samples"] for x in results)):
-            cells = [x for x in results if x["family"] == family and x["samples"] == samples]
+        for index, (samples, heavy) in enumerate(dict.fromkeys((x["samples"], x["heavy"]) for x in results)):
+            cells = [x for x in results if (x["family"], x["samples"], x["heavy"]) == (family, samples, heavy)]
             temperatures, (colour, marker) = [x["temperature"] for x in cells], look(index)
             for name, style in (("bound", "-"), ("error", ":")):
                 medians = [x[name]["median"] for x in cells]
-                label = f"{name}, m = {samples}"
+                label = f"{name}, m = {samples}" + (f", {heavy} heavy pages" if heavy else "")
                 panel.plot(temperatures, medians, style, color=colour, marker=marker, markersize=4, label=label)
         panel.set_title(family)
         panel.set_xscale("log", base=2)

@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter
 from rich.table import Table
 
 from experiments.contestants import Cell, Contestant, matrix_size
-from experiments.drawing import COLOURS
+from experiments.drawing import COLOURS, wrapped
 from experiments.timing import interleaved, ratios, spread
 
 LOOKS = {
@@ -59,7 +59,7 @@ def figure(results: list[dict[str, Any]], mine: str) -> Figure:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
-        panel.set_title(label, fontsize=10)
+        panel.set_title(wrapped(label), fontsize=10)
         panel.set_xlabel("length (tokens)")
     panels[0].set_ylabel(f"time / time of {mine} (ratio)")
     known: set[str] = set()

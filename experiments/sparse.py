@@ -1,17 +1,19 @@
 """What the benchmark of sparse attention races: its methods against `Chunked`, and a threshold against a sort."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import attention
 from attention.cache import KeyValueCache
 from attention.method import Method
-from attention.sparse.pages import PagedCache
 from attention.sparse.threshold import kth_largest
+from experiments.certified import FAMILIES
 from experiments.contestants import Cell, Contestant, ours
 
 BASELINE = "baseline"
@@ -56,16 +58,17 @@ class Pair(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step of decoding after `length` tokens, which are in the cache."""
+    """A step of decoding after `length` tokens, which are in the cache: of one of `experiments.certified.FAMILIES`."""
 
     length: int
     heads: int
     head_size: int
+    family: str
     share: int = 16
 
     @property
     def label(self) -> str:
-        return "a step of decoding; baseline Chunked"
+        return f"a step of decoding, {self.family}; baseline Chunked"
 
     @property
     def operations(self) -> float:
@@ -101,21 +104,28 @@ def _attentions(cell: Pair) -> dict[str, Contestant]:
 def _steps(cell: Step) -> dict[str, Contestant]:
     C = attention.BlockTopK().block_size
     sparse = attention.BlockTopK(blocks=cell.length // C // cell.share, query_block=1)
-    names = {BASELINE: attention.Chunked(), "BlockTopK, 1/16 of the pages": sparse}
-    return {name: _step(cell, method) for name, method in names.items()}
+    draw = FAMILIES[cell.family](np.random.default_rng(cell.length), cell.length, cell.heads, cell.head_size, True)
+    operands = tuple(jnp.asarray(x) for x in draw)
+    names = {
+        BASELINE: attention.Chunked(),
+        f"BlockTopK, 1/{cell.share} of the pages": sparse,
+        "Certified": attention.Certified(),
+    }
+    found = {name: _step(operands, method) for name, method in names.items()}
+    return found | {"Certified, without a state": _whole(operands, attention.Certified())}
 
 
-def _step(cell: Step, method: Method) -> Contestant:
-    """`extend` by one token, over and over from the same length, in a state that is updated in place."""
-    room = (1, cell.heads, cell.length, cell.head_size)
-    key, value = (jax.random.normal(jax.random.key(n), room) for n in (0, 1))
-    state = method.init_state(1, cell.heads, cell.head_size, cell.length + 64, jnp.float32)
-    if isinstance(state, PagedCache):
-        state = jax.jit(PagedCache.append)(state, key, value)
+def _step(operands: tuple[jax.Array, ...], method: Method) -> Contestant:
+    """`extend` by the last token again, over and over from the same length, in a state that is updated in place."""
+    (_, length, heads, size), token = operands[0].shape, [x[:, -1:] for x in operands]
+    state = method.init_state(1, heads, size, length + 64, jnp.float32)
+    key, value = operands[1:]
+    if isinstance(state, KeyValueCache):
+        state = jax.jit(KeyValueCache.append)(state, key, value)
     else:
-        state = jax.jit(KeyValueCache.append)(state, *(jnp.swapaxes(x, 1, 2) for x in (key, value)))
-    del key, value
-    token = [jax.random.normal(jax.random.key(n), (1, 1, cell.heads, cell.head_size)) for n in (2, 3, 4)]
+        more = {"bound": method.bound} if isinstance(method, attention.Certified) else {}
+        append = jax.jit(functools.partial(type(state).append, **more))
+        state = append(state, *(jnp.swapaxes(x, 1, 2) for x in (key, value)))
 
     def step(state, query, key, value):
         longer, output = method.extend(state, query, key, value)
@@ -128,3 +138,11 @@ def _step(cell: Step, method: Method) -> Contestant:
         return output.block_until_ready()
 
     return Contestant(call)
+
+
+def _whole(operands: tuple[jax.Array, ...], method: Method) -> Contestant:
+    """The last query over all keys, of which nothing is known beforehand."""
+    options = {"method": method, "is_causal": True, "causal_alignment": "bottom_right"}
+    program = jax.jit(functools.partial(attention.dot_product_attention, **options))
+    query, key, value = operands
+    return Contestant(lambda: program(query[:, -1:], key, value).block_until_ready())

@@ -9,18 +9,20 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attention.exact import Exact
-from attention.inputs import Inputs, prepare_tokens, ungrouped
+from attention.inputs import Inputs
 from attention.masks import Mask
-from attention.method import Certificate, Cost, Method, check_positive, compiled
+from attention.method import Certificate, Cost, check_positive
 from attention.rounding import calm_limit
 from attention.sparse.odds import odds_certificate
+from attention.sparse.packed import packed_tiles
+from attention.sparse.paged_method import Paged
 from attention.sparse.pages import PagedCache, Pages, paged
 from attention.sparse.selection import Selection, chosen_tiles
 from attention.sparse.step import step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockTopK(Method):
+class BlockTopK(Paged):
     r"""Softmax over `blocks` pages of keys that a tile of queries chooses, and over those of a window and of sinks.
 
         o_i = sum_{j in A_i} e^{l_ij} v_j / sum_{j in A_i} e^{l_ij},    A_i = visible keys of the pages of i's tile
@@ -33,6 +35,9 @@ class BlockTopK(Method):
     head has its own choice. Only the pages that were chosen are read. Gradients flow through their entries; which
     they are is piecewise constant.
 
+    Where sequences are packed, tiles and pages count from the first token of each segment, whose output is what it is
+    alone; tokens of one id may lie in several runs (`attention.sparse.packed`).
+
     In decoding, boxes are kept up to date in the state, and so is the choice of the tile at hand.
 
     Attributes:
@@ -44,7 +49,8 @@ class BlockTopK(Method):
         sinks: keys at the beginning whose pages are read.
 
     Cost: 2 T n C (H + E) operations a head with n pages a tile, 4 S / C H for each query that chooses;
-    O((T + S) (H + E) + query_block n C) memory.
+    O((T + S) (H + E) + query_block n C) memory. With segments a tile more for each, and a sort; under vmap every query
+    counts as a tile.
     Error bound: tau diam(V), tau <= U / (Z + U) with Z the kept sum and U = sum C e^{bound} over the pages that were
     not read (`attention.sparse.odds.odds_certificate`): often vacuous, since a box is loose.
 
@@ -62,9 +68,7 @@ class BlockTopK(Method):
     window: int = 0
     sinks: int = 0
 
-    capabilities = dataclasses.replace(
-        Exact.capabilities, exact=False, residual=False, sees_all=False, segments=False, bias=False
-    )
+    capabilities = dataclasses.replace(Exact.capabilities, exact=False, residual=False, sees_all=False, bias=False)
 
     def __post_init__(self) -> None:
         check_positive(self, "blocks", "block_size", "query_block")
@@ -104,21 +108,6 @@ class BlockTopK(Method):
         sizes = batch, num_kv_heads, groups, head_dim, max_length, self.block_size, self.blocks
         return PagedCache.empty(*sizes, dtype)
 
-    def extend(self, state: PagedCache, query, key, value, **options: Any) -> tuple[PagedCache, Array]:
-        new = prepare_tokens(self, query, key, value, **options)
-        longer = state.append(new.key, new.value)
-        mask = Mask(
-            num_queries=new.mask.num_queries,
-            num_keys=longer.key.shape[2] * longer.key.shape[3],
-            causal=True,
-            window=new.mask.window,
-            offset=state.length[None],
-            key_lengths=longer.length[None],
-        )
-        whole = dataclasses.replace(new, mask=mask)
-        output, chosen = compiled((whole, longer), method=self, hook="attend_pages")
-        return dataclasses.replace(longer, chosen=chosen), ungrouped(output, query).astype(query.dtype)
-
     def attend_pages(self, operands: tuple[Inputs, PagedCache]) -> tuple[Array, Array]:
         """The output over the pages of a decoding state, and the choice of the tile at hand."""
         inputs, state = operands
@@ -135,16 +124,20 @@ class BlockTopK(Method):
 
     def _over_heads(self, inputs: Inputs, pages: Pages, *, certified: bool, begun=None):
         """Output, odds of what was not read, share of pages read and last choice, of one query head after another."""
-        (B, K, G, _, _) = inputs.query.shape
+        (B, K, G, _, _), cap = inputs.query.shape, inputs.soft_cap
         limit = calm_limit(inputs) if begun is None else None  # of a cache it would read every key
 
         def head(n):
             b, k, g = n // (K * G), n // G % K, n % G
+            query, mask = inputs.query[b, k, g][None], one_head(inputs.mask, b, k, g)
+            if mask.query_segments is not None:
+                bound = None if limit is None else limit[b, k, g][None]
+                operands = query, inputs.key[b, k], inputs.value[b, k]
+                return *packed_tiles(self._rule(), *operands, mask, bound, cap, certified=certified), None
             own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
             chosen, bound = jax.tree.map(lambda x: x[b, k, g], (begun, limit))
-            bound, mask = None if bound is None else bound[None], one_head(inputs.mask, b, k, g)
-            query = inputs.query[b, k, g][None]
-            return chosen_tiles(self._rule(), query, own, mask, chosen, bound, inputs.soft_cap, certified=certified)
+            bound = None if bound is None else bound[None]
+            return chosen_tiles(self._rule(), query, own, mask, chosen, bound, cap, certified=certified)
 
         found = lax.map(head, jnp.arange(B * K * G))
         return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)

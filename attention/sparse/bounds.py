@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 from attention.inputs import Inputs
 from attention.method import Certificate
 from attention.rounding import (
+    Sizes,
     logit_rounding,
     max_over_visible,
     norms,
@@ -127,7 +128,7 @@ def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, 
     return jnp.where(tail == 0, 0, jnp.fmin(odds_rounding(inputs, rescalings=0) * tail, 1))
 
 
-def odds_rounding(inputs: Inputs, *, rescalings: int, share: float = 1.0) -> Float[Array, "B K G T"]:
+def odds_rounding(inputs: Inputs | Sizes, *, rescalings: int, share: float = 1.0) -> Float[Array, "B K G T"]:
     """e^{2D} (1 + e) / (1 - e), by which rounding changes the ratio of two sums of exponentials, and a part more.
 
     `share` multiplies D, where logits are rounded more than those of `logit_rounding`.

@@ -4,16 +4,36 @@ A key's bucket is a function of that key alone, and what a query reads of it is 
 no later token moves an earlier one.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from attention.cache import KeyValueCache
+from attention.inputs import Inputs
 from attention.rounding import norms, product
 
 HIDDEN = -1  # the bucket of keys that do not exist
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HashedCache:
+    """A decoding state: the keys and values, and the bucket of each key in every round, `B L K R`."""
+
+    cache: KeyValueCache
+    code: Int[Array, "B L K R"]
+
+    @classmethod
+    def empty(
+        cls, batch: int, num_kv_heads: int, head_dim: int, max_length: int, rounds: int, dtype: Any
+    ) -> "HashedCache":
+        """Room for `max_length` tokens, of which none is there."""
+        code = jnp.full((batch, max_length, num_kv_heads, rounds), HIDDEN, jnp.int32)
+        return cls(cache=KeyValueCache.empty(batch, num_kv_heads, head_dim, max_length, dtype), code=code)
 
 
 def query_codes(query: Float[Array, "*B H"], directions: Float[Array, "R b X"]) -> Int[Array, "*B R"]:
@@ -25,6 +45,16 @@ def key_codes(key: Float[Array, "*B H"], directions: Float[Array, "R b X"], radi
     """The bucket of (k, sqrt(M^2 - |k|^2)) for M = radius, 0 in the last place of keys beyond it."""
     share = norms(key)[..., None] / radius
     return _codes(key, radius * jnp.sqrt(jnp.maximum((1 - share) * (1 + share), 0)), directions)
+
+
+def existing_codes(inputs: Inputs, directions: Float[Array, "R b X"], radius) -> Int[Array, "B K S R"]:
+    """`key_codes` of a call; keys beyond their sequence are in no bucket."""
+    key = lax.stop_gradient(inputs.key.astype(inputs.query.dtype))
+    code = key_codes(key, directions, radius.astype(key.dtype))
+    if inputs.mask.key_lengths is None:
+        return code
+    exists = jnp.arange(inputs.mask.num_keys)[None] < inputs.mask.key_lengths[:, None]
+    return jnp.where(exists[:, None, :, None], code, HIDDEN)
 
 
 def _codes(x: Float[Array, "*B H"], last: Float[Array, "*B 1"], directions: Float[Array, "R b X"]):

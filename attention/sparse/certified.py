@@ -3,23 +3,26 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention.cache import Cached
+from attention.cache import mask_of_tokens
 from attention.exact import Exact
-from attention.inputs import Inputs
-from attention.method import Certificate, Cost, check_positive
+from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
+from attention.method import Certificate, Cost, Method, check_positive, compiled
 from attention.rounding import sees_any
 from attention.sparse.bounds import REACH
 from attention.sparse.by_pages import Options
+from attention.sparse.certified_step import step
 from attention.sparse.heads import attended
+from attention.sparse.summaries import SummarisedCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Certified(Cached):
+class Certified(Method):
     r"""Softmax attention with an error of at most tolerance * diam(V), and no more reading than a bound asks for.
 
     Keys lie in pages of n. Each row replaces the pages A, of those that it sees whole, by their mean keys and values
@@ -41,6 +44,9 @@ class Certified(Cached):
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
+    In decoding, the state keeps the moments of whole pages, made as a page fills, and the largest norms. A step of one
+    token plans from these and copies the pages that it reads, and no others; it has derivatives in forward mode alone.
+
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
         page: keys of a page, n.
@@ -51,7 +57,8 @@ class Certified(Cached):
     Cost: with P = S / page, 2 T P H operations and about 40 T P more for the plan, 2 S H (H + E) for the moments, and
     2 (H + E) for each query and key of the blocks of at least 256 keys that a tile reads, at most all of them. Memory
     O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, (H + 1) (H + 2) (E + 1) operations for
-    each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once.
+    each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once. A step of
+    decoding: 2 P H operations and about 40 P a head, what it reads, and 2 page H (H + E) where it fills a page.
     Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where
     rounding leaves room for it, and rounding. The certificate has what was reached.
 
@@ -101,6 +108,35 @@ class Certified(Cached):
         seen = jnp.broadcast_to(sees_any(inputs.mask), bound.shape)
         bound, mass = (jnp.where(seen, x, 0) for x in (bound, mass))
         return output, Certificate(error_bound=bound, dropped_mass=mass, work=work, kind="deterministic")
+
+    def init_state(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> SummarisedCache:
+        del num_heads
+        return SummarisedCache.empty(batch, num_kv_heads, head_dim, max_length, self.page, self.bound, dtype)
+
+    def extend(self, state: SummarisedCache, query, key, value, **options: Any) -> tuple[SummarisedCache, Array]:
+        new = prepare_tokens(self, query, key, value, **options)
+        longer = state.append(new.key, new.value, self.bound)
+        mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)
+        output = compiled((dataclasses.replace(new, mask=mask), longer), method=self, hook="attend_state")
+        return longer, ungrouped(output, query).astype(query.dtype)
+
+    def attend_state(self, operands: tuple[Inputs, SummarisedCache]) -> Float[Array, "B K G T E"]:
+        """The output over a decoding state: of one query from the moments that it keeps, of more from its keys."""
+        inputs, state = operands
+        if inputs.mask.num_queries == 1:
+            query, mask, cap = inputs.query[:, :, :, 0], inputs.mask, inputs.soft_cap
+            return step(query, state, mask, cap, tolerance=self.tolerance, bound=self.bound)[:, :, :, None]
+        key, value = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (state.key, state.value))
+        return self.attend(emptied(dataclasses.replace(inputs, key=key, value=value)))
 
     def _found(self, inputs: Inputs):
         """Output, error bound, dropped mass and work."""

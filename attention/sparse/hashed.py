@@ -9,25 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention.cache import KeyValueCache
+from attention.cache import mask_of_tokens
 from attention.exact import Exact
 from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
-from attention.masks import Mask
 from attention.method import Certificate, Cost, Method, Params, check_positive, compiled
 from attention.rounding import norms
 from attention.sparse.block_topk import one_head
 from attention.sparse.bounds import sparse_certificate
 from attention.sparse.bucket_rows import Rule, attended, dropped
-from attention.sparse.buckets import HIDDEN, Table, key_codes, query_codes, table
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HashedCache:
-    """A decoding state: the keys and values, and the bucket of each key in every round, `B L K R`."""
-
-    cache: KeyValueCache
-    code: Int[Array, "B L K R"]
+from attention.sparse.buckets import HashedCache, Table, existing_codes, query_codes, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +102,11 @@ class Hashed(Method):
 
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
         queries, keys = self._codes(inputs)
-        return self._by_rows(inputs, queries, keys, self._attended)
+        return self._by_rows(inputs, queries, keys, functools.partial(attended, self._rule()))
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
         queries, keys = self._codes(inputs)
-        output = self._by_rows(inputs, queries, keys, self._attended)
+        output = self._by_rows(inputs, queries, keys, functools.partial(attended, self._rule()))
         tail, some = self._by_rows(inputs, queries, keys, functools.partial(dropped, self._rule()))
         certificate = sparse_certificate(inputs, tail, work=1.0)
         bound = jnp.where(some | (certificate.error_bound == 0), certificate.error_bound, jnp.inf)
@@ -133,8 +123,7 @@ class Hashed(Method):
         num_heads: int | None = None,
     ) -> HashedCache:
         del num_heads
-        code = jnp.full((batch, max_length, num_kv_heads, self.rounds), HIDDEN, jnp.int32)
-        return HashedCache(cache=KeyValueCache.empty(batch, num_kv_heads, head_dim, max_length, dtype), code=code)
+        return HashedCache.empty(batch, num_kv_heads, head_dim, max_length, self.rounds, dtype)
 
     def extend(self, state: HashedCache, query, key, value, **options: Any) -> tuple[HashedCache, Array]:
         """As `Method.extend`. `params` and `rng` must be those of the earlier calls: the state holds buckets."""
@@ -143,14 +132,7 @@ class Hashed(Method):
         start = state.cache.length
         longer = state.cache.append(*(jnp.swapaxes(x, 1, 2) for x in (new.key, new.value)))
         code = lax.dynamic_update_slice_in_dim(state.code, jnp.swapaxes(keys, 1, 2), start, axis=1)
-        mask = Mask(
-            num_queries=new.mask.num_queries,
-            num_keys=longer.max_length,
-            causal=True,
-            window=new.mask.window,
-            offset=start[None],
-            key_lengths=longer.length[None],
-        )
+        mask = mask_of_tokens(new.mask, start, longer.length, longer.max_length)
         key, value = (jnp.swapaxes(x, 1, 2) for x in (longer.key, longer.value))
         whole = dataclasses.replace(new, key=key, value=value, mask=mask)
         output = compiled((whole, queries, jnp.swapaxes(code, 1, 2)), method=self, hook="attend_coded")
@@ -160,11 +142,11 @@ class Hashed(Method):
         """The output over a cache whose buckets are known; a single row needs no table."""
         inputs, queries, keys = operands
         if inputs.mask.num_queries > 1:
-            return self._by_rows(emptied(inputs), queries, keys, self._attended)
-        return self._by_rows(inputs, queries, keys, self._attended, sort=False)
+            return self._by_rows(emptied(inputs), queries, keys, functools.partial(attended, self._rule()))
+        return self._by_rows(inputs, queries, keys, functools.partial(attended, self._rule()), sort=False)
 
     def _codes(self, inputs: Inputs) -> tuple[Int[Array, "B K G T R"], Int[Array, "B K S R"]]:
-        """The buckets of queries and keys; keys beyond their sequence are in none."""
+        """The buckets of queries and keys, by the projections of `params`."""
         H, params = inputs.query.shape[-1], inputs.params
         if params is None:
             params = self.init(inputs.rng, num_heads=1, head_dim=H)
@@ -175,12 +157,7 @@ class Hashed(Method):
                 f"params: directions have shape {directions.shape}: expected {expected}; "
                 f"pass what this method's init(rng, num_heads=, head_dim={H}) returns"
             )
-        key = inputs.key.astype(inputs.query.dtype)
-        code = key_codes(lax.stop_gradient(key), directions, radius.astype(key.dtype))
-        if inputs.mask.key_lengths is not None:
-            exists = jnp.arange(inputs.mask.num_keys)[None] < inputs.mask.key_lengths[:, None]
-            code = jnp.where(exists[:, None, :, None], code, HIDDEN)
-        return query_codes(inputs.query, directions), code
+        return query_codes(inputs.query, directions), existing_codes(inputs, directions, radius)
 
     def _by_rows(self, inputs: Inputs, queries, keys, result, *, sort: bool = True) -> Any:
         """`result(head, rows, codes, table)` for one query head and chunk of rows after another, as `B K G T ...`."""
@@ -206,9 +183,6 @@ class Hashed(Method):
 
     def _rule(self) -> Rule:
         return Rule(self.rounds, self.bucket, self.window)
-
-    def _attended(self, part: Inputs, rows, codes, own: Table) -> Float[Array, "C E"]:
-        return attended(self._rule(), part, rows, codes, own)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """Each comparison of a sort is counted as one operation."""

@@ -28,11 +28,23 @@ def odds_of_the_rest(
     Every page of which a row sees a key and that it has not `read` as a whole counts in full.
     """
     P, C = pages.key.shape[:2]
-    tiny = float(jnp.finfo(query.dtype).tiny)
     first, last = (x[0][rows.clip(0, mask.num_queries - 1)][:, None] for x in mask.key_range())
     starts = jnp.arange(P)[None] * C
     dropped = (starts <= last) & (starts + C > first) & (first <= last) & ~read
-    terms = jnp.exp(sound_box_bound(query, pages, soft_cap) - found.level[..., None])
+    return odds_of_pages(query, found, pages.box, C, dropped, soft_cap)
+
+
+def odds_of_pages(
+    query: Float[Array, "G R H"],
+    found: Found,
+    box: Float[Array, "P X"],
+    C: int,
+    dropped: Bool[Array, "r P"],
+    soft_cap: Float[Array, ""] | None,
+) -> Float[Array, "G R"]:
+    """The same for the pages of C keys that each row dropped, each of which counts in full."""
+    tiny = float(jnp.finfo(query.dtype).tiny)
+    terms = jnp.exp(sound_box_bound(query, box, soft_cap) - found.level[..., None])
     return _odds(C * jnp.where(dropped[None], jnp.maximum(terms, tiny), 0).sum(-1), found.total)
 
 

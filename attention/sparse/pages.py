@@ -64,15 +64,15 @@ def box_bound(query: Float[Array, "G R H"], box: Float[Array, "P X"], soft_cap=N
     return bound if soft_cap is None else soft_cap * jnp.tanh(bound / soft_cap)
 
 
-def sound_box_bound(query: Float[Array, "G R H"], pages: Pages, soft_cap=None) -> Float[Array, "G R P"]:
+def sound_box_bound(query: Float[Array, "G R H"], box: Float[Array, "P X"], soft_cap=None) -> Float[Array, "G R P"]:
     """`box_bound` rounded outward: above every exact logit of the page. `docs/bounds.md` derives the margin."""
     dtype, H = query.dtype, query.shape[-1]
-    centre, half = jnp.split(pages.box.astype(dtype), 2, axis=-1)
+    centre, half = jnp.split(box.astype(dtype), 2, axis=-1)
     largest = norms(jnp.abs(centre) + half)
     size = norms(lax.stop_gradient(query))[..., None] * largest[None, None]
     margin = 1.01 * (2 * H * product_roundoff(dtype) + 16 * roundoff(dtype)) * size
     underflow = 4 * H * float(jnp.finfo(dtype).tiny) * (1 + norms(lax.stop_gradient(query)))[..., None]
-    bound = box_bound(query, pages.box) + margin + underflow
+    bound = box_bound(query, box) + margin + underflow
     if soft_cap is None:
         return bound
     return soft_cap * jnp.tanh(bound / soft_cap) + 16 * roundoff(dtype) * jnp.minimum(jnp.abs(bound), soft_cap)
@@ -111,6 +111,10 @@ class PagedCache:
     def pages(self) -> Pages:
         return Pages(self.key, self.value, self.box)
 
+    @property
+    def max_length(self) -> int:
+        return self.key.shape[2] * self.key.shape[3]
+
     def append(self, key: Float[Array, "B K T H"], value: Float[Array, "B K T E"]) -> "PagedCache":
         """The state with T more tokens, and the boxes of the pages that they came into.
 
@@ -118,22 +122,39 @@ class PagedCache:
             ValueError: the cache is full; as `attention.cache.KeyValueCache.append`.
         """
         T, (P, C) = key.shape[2], self.key.shape[2:4]
-        end, value = room_for(self.length, P * C, value, axis=2)
-        touched = min(P, (T + C - 2) // C + 1)
-        first = jnp.minimum(self.length // C, P - touched)
-
-        def write(_, room):
-            return tuple(
-                lax.dynamic_update_slice_in_dim(
-                    old.reshape(*old.shape[:2], P * C, -1), new.astype(old.dtype), self.length, axis=2
-                ).reshape(old.shape)
-                for old, new in zip(room, (key, value), strict=True)
-            )
-
-        # A loop of one step, which XLA does not know, and nothing in it that reads what it wrote: see
-        # `attention.cache.KeyValueCache.append`.
-        keys, values = lax.fori_loop(0, jnp.minimum(end, 1), write, (self.key, self.value))
+        keys, values, end = written(self.key, self.value, self.length, key, value)
+        first, touched = touched_pages(self.length, T, P, C)
         those = lax.dynamic_slice_in_dim(keys, first, touched, axis=2)
         exists = (first * C + jnp.arange(touched * C)).reshape(1, 1, touched, C, 1) < end
         box = lax.dynamic_update_slice_in_dim(self.box, boxes(those, exists), first, axis=2)
         return dataclasses.replace(self, key=keys, value=values, box=box, length=end)
+
+
+def touched_pages(length, T: int, P: int, C: int) -> tuple[Int[Array, ""], int]:
+    """The first of so many pages among which are all that T more tokens come into."""
+    touched = min(P, (T + C - 2) // C + 1)
+    return jnp.minimum(length // C, P - touched), touched
+
+
+def written(
+    keys: Float[Array, "B K P C H"], values: Float[Array, "B K P C E"], length, key, value
+) -> tuple[Array, Array, Int[Array, ""]]:
+    """Pages with T more tokens, `B K T ...`, from `length` on, and the new length.
+
+    Raises:
+        As `attention.cache.KeyValueCache.append`.
+    """
+    P, C = keys.shape[2:4]
+    end, value = room_for(length, P * C, value, axis=2)
+
+    def write(_, room):
+        return tuple(
+            lax.dynamic_update_slice_in_dim(
+                old.reshape(*old.shape[:2], P * C, -1), new.astype(old.dtype), length, axis=2
+            ).reshape(old.shape)
+            for old, new in zip(room, (key, value), strict=True)
+        )
+
+    # A loop of one step, which XLA does not know, and nothing in it that reads what it wrote: see
+    # `attention.cache.KeyValueCache.append`.
+    return *lax.fori_loop(0, jnp.minimum(end, 1), write, (keys, values)), end

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from attention.exponential import power, unit
 from attention.inputs import Inputs
-from attention.rounding import calm_limit, max_over_visible, norms, product, rounding_bound, roundoff
+from attention.rounding import Sizes, calm_limit, norms, product, rounding_bound, roundoff, sizes
 from attention.sparse.bounds import odds_rounding, value_reach
 from attention.sparse.moments import Moments
 from attention.sparse.visible import Edge, Visible
@@ -65,16 +65,26 @@ class Plan(NamedTuple):
 
 def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) -> Limits:
     """The limits of every query, by prefixes of the keys; `rescalings` and `fixed_shift` as in `rounding_bound`."""
-    dtype, H = inputs.query.dtype, inputs.query.shape[-1]
-    largest = max_over_visible(inputs.mask, norms(inputs.value.astype(dtype)))
-    means = 2 * (page + 8) * roundoff(dtype) * largest
-    shape = inputs.query.shape[:-1]
+    return limits_of(sizes(inputs), value_reach(inputs), page, rescalings=rescalings, fixed_shift=fixed_shift)
+
+
+def limits_of(
+    of: Sizes,
+    reach: Float[Array, "B K 1 T"],
+    page: int,
+    *,
+    rescalings: int,
+    fixed_shift: float,
+    depth: int | None = None,
+) -> Limits:
+    """The same from the sizes, and from how far the values are apart at most; `depth` as in `rounding_bound`."""
+    means = 2 * (page + 8) * roundoff(of.query.dtype) * of.value
     return Limits(
-        diameter=jnp.broadcast_to(value_reach(inputs) + means, shape),
-        rounding=rounding_bound(inputs, rescalings=rescalings, fixed_shift=fixed_shift) + means,
+        diameter=jnp.broadcast_to(reach + means, of.query.shape),
+        rounding=rounding_bound(of, rescalings=rescalings, depth=depth, fixed_shift=fixed_shift) + means,
         # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
-        odds=odds_rounding(inputs, rescalings=rescalings, share=1 + (page + 8) / H),
-        size=calm_limit(inputs),
+        odds=odds_rounding(of, rescalings=rescalings, share=1 + (page + 8) / of.head),
+        size=calm_limit(of),
     )
 
 

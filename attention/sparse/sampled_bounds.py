@@ -11,6 +11,7 @@ from attention.rounding import norms, product, product_roundoff, roundoff
 from attention.sparse.bounds import value_reach
 from attention.sparse.deviations import Sample, sampled_bound
 from attention.sparse.moments import outward
+from attention.sparse.pages import sound_box_bound
 from attention.sparse.tail import Tile, Weighted
 
 
@@ -37,9 +38,9 @@ def limits_of(inputs: Inputs) -> Limits:
     )
 
 
-def row_bounds(part: Inputs, tile: Tile, found: Weighted, own: Limits, rounding, odds, delta: float):
-    """The error bound and the dropped mass of the rows of a tile."""
-    sample, centre = _sample(part, tile, found, own)
+def row_bounds(part: Inputs, tile: Tile, found: Weighted, own: Limits, box, rounding, odds, delta: float):
+    """The error bound and the dropped mass of the rows of a tile; `box` are the boxes of the pages, or None."""
+    sample, centre = _sample(part, tile, found, own, box)
     away = outward(rounding.dtype, centre.size) * norms(found.output - centre[None, None]) + rounding
     error, mass = sampled_bound(sample, away, odds, delta)
     error = jnp.fmin(error, own.apart[tile.at][None])
@@ -47,7 +48,7 @@ def row_bounds(part: Inputs, tile: Tile, found: Weighted, own: Limits, rounding,
     return jnp.where(some, 1.001 * error + rounding, jnp.inf), jnp.where(some, mass, 1)
 
 
-def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits) -> tuple[Sample, Float[Array, " E"]]:
+def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits, box) -> tuple[Sample, Float[Array, " E"]]:
     """The statistics of a sample, and the vector c around which those of the values are: the mean of the tail."""
     query, first, m = part.query[0, 0][:, tile.at], part.key[0, 0, 0].astype(part.query.dtype), tile.sampled
     dtype, H, tail = query.dtype, query.shape[-1], tile.tail
@@ -72,6 +73,9 @@ def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits) -> tuple[Sam
     near = along + length * (upto(own.key_spread, last) + (2 * H + 8) * product_roundoff(dtype) * norms(first))
     reach = jnp.minimum(length * upto(own.key, last), near)
     reach = reach if part.soft_cap is None else jnp.minimum(reach, part.soft_cap)
+    if box is not None and tile.rest is not None:  # of the pages that are left to the sample
+        above = jnp.where(tile.rest, sound_box_bound(query, box, part.soft_cap), -jnp.inf).max(-1)
+        reach = jnp.where(tile.rest.any(), jnp.minimum(reach, above), reach)
     slack = 8 * roundoff(dtype) * (jnp.abs(reach) + jnp.abs(found.level) + jnp.abs(along))
     weights, vanished = found.weights[..., -m:], float(jnp.finfo(dtype).tiny) ** 0.5
     mean = weights.mean(-1)

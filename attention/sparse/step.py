@@ -38,7 +38,7 @@ def step(
 
     def head(n):
         at, exists = read(rule, position, now.reshape(B * K * G, -1)[n], P, mask)
-        key, value = (_gathered(x, n // G, at, state.length) for x in (state.key, state.value))
+        key, value = (gathered(x, n // G, at, state.length) for x in (state.key, state.value))
         there = jnp.repeat(exists, C)[None, None]
         visible = mask.at(jnp.zeros(1, jnp.int32), keys_of(at, C))[0, 0] & there
         return attend(query.reshape(-1, 1, 1, H)[n], key, value, visible, cap, None).output[0, 0]
@@ -51,7 +51,7 @@ def _by_head(function, axes):
     return jax.vmap(jax.vmap(jax.vmap(function, axes)))
 
 
-def _gathered(x: Float[Array, "B K P C X"], n, at: Int[Array, " m"], length) -> Float[Array, "mC X"]:
+def gathered(x: Float[Array, "B K P C X"], n, at: Int[Array, " m"], length) -> Float[Array, "mC X"]:
     """The pages `at` of key head n, each copied as one row; zeros beyond the length, where there may be anything."""
     B, K, P, C, X = x.shape
     found = jnp.take(x.reshape(B * K * P, C * X), n * P + at, axis=0, mode="clip")

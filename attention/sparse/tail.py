@@ -1,4 +1,4 @@
-"""What a tile of queries reads of its keys: sinks, a window, and a sample of the tail between them."""
+"""What a tile of queries reads of its keys: sinks, a window, heavy pages, and a sample of the tail between them."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import Mask
 from attention.rounding import product
+from attention.sparse import selection
 
 
 class Rule(NamedTuple):
@@ -20,10 +21,23 @@ class Rule(NamedTuple):
     window: int
     sinks: int
     query_block: int
+    heavy: int
+    page: int
 
     def width(self, mask: Mask) -> int:
         """How many keys around a tile it keeps, beside the sinks."""
         return min(mask.num_keys, self.query_block + self.window * (1 if mask.causal else 2))
+
+    def selection(self) -> selection.Selection:
+        """The rule by which heavy pages are chosen."""
+        return selection.Selection(self.heavy, self.page, self.query_block, self.window, self.sinks)
+
+
+class Known(NamedTuple):
+    """What is known of the pages of one key head: their boxes, and what the tile of the first query chose before it."""
+
+    box: Float[Array, "P X"]
+    begun: Int[Array, " n"] | None
 
 
 class Tail(NamedTuple):
@@ -43,6 +57,8 @@ class Tile(NamedTuple):
         at: the rows.
         keys, reads: keys, and which of the slots hold one.
         count: of how many keys the sample is one; 0 where all are read.
+        chosen: the heavy pages; -1 where there are fewer.
+        rest: the pages with keys of which some are left to the sample; None where nothing is known of pages.
     """
 
     head: Int[Array, ""]
@@ -53,6 +69,8 @@ class Tile(NamedTuple):
     weight: Float[Array, ""]
     count: Int[Array, ""]
     tail: Tail
+    chosen: Int[Array, " h"]
+    rest: Bool[Array, " P"] | None
 
 
 class Weighted(NamedTuple):
@@ -65,7 +83,7 @@ class Weighted(NamedTuple):
     value: Float[Array, "n E"]
 
 
-def tile_at(rule: Rule, part: Inputs, seed: Array, head, row, R: int, offset) -> Tile:
+def tile_at(rule: Rule, part: Inputs, seed: Array, known: Known | None, head, row, R: int, offset) -> Tile:
     """What the queries [row, row + R) of a head read."""
     mask, C, S = part.mask, rule.query_block, part.mask.num_keys
     block = (row + offset) // C
@@ -75,24 +93,66 @@ def tile_at(rule: Rule, part: Inputs, seed: Array, head, row, R: int, offset) ->
     around = (start - rule.window).clip(0, S - width) + jnp.arange(width)
     sinks = jnp.arange(min(rule.sinks, S))
     tail = _tail(mask, start, start + C - 1, low, high, sinks.size)
+    chosen, rest, heavy, spans = _heavy(rule, part, known, tail, row, R, start, offset)
+    left = tail.count - (spans[1] - spans[0]).sum()
     m = min(rule.samples, S)
     rng = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), block.astype(jnp.uint32))
-    drawn = jax.random.randint(rng, (m,), 0, jnp.maximum(tail.count, 1), jnp.int32)
-    whole, ranks = tail.count <= m, jnp.arange(m, dtype=jnp.int32)
-    rank = jnp.where(whole, ranks, drawn)
+    drawn = jax.random.randint(rng, (m,), 0, jnp.maximum(left, 1), jnp.int32)
+    whole, ranks = left <= m, jnp.arange(m, dtype=jnp.int32)
+    rank = _passing(jnp.where(whole, ranks, drawn), spans)
     sampled = jnp.where(rank < tail.before, tail.begin + rank, tail.resume + rank - tail.before)
+    reads = (sinks < low) | (sinks > high), (around >= low) & (around <= high)
     return Tile(
         head=head,
         at=(row + jnp.arange(R)).clip(0, mask.num_queries - 1),
-        keys=jnp.concatenate([sinks, around, sampled]).clip(0, S - 1),
-        reads=jnp.concatenate(
-            [(sinks < low) | (sinks > high), (around >= low) & (around <= high), ~whole | (ranks < tail.count)]
-        ),
+        keys=jnp.concatenate([sinks, around, heavy, sampled]).clip(0, S - 1),
+        reads=jnp.concatenate([*reads, jnp.repeat(chosen >= 0, rule.page), ~whole | (ranks < left)]),
         sampled=m,
-        weight=jnp.where(whole, 1, tail.count / jnp.asarray(m, part.query.dtype)).astype(part.query.dtype),
-        count=jnp.where(whole, 0, tail.count),
+        weight=jnp.where(whole, 1, left / jnp.asarray(m, part.query.dtype)).astype(part.query.dtype),
+        count=jnp.where(whole, 0, left),
         tail=tail,
+        chosen=chosen,
+        rest=rest,
     )
+
+
+def _heavy(rule: Rule, part: Inputs, known: Known | None, tail: Tail, row, R: int, start, offset):
+    """The heavy pages of a tile, those with keys of the rest, the keys of the heavy ones, and their ranks in the tail.
+
+    A heavy page lies on one side of the window and behind the sinks, so that what of it is not in the tail is seen by
+    no row of the tile.
+    """
+    if known is None:
+        nothing = jnp.zeros(0, jnp.int32)
+        return nothing, None, nothing, (nothing, nothing)
+    mask, T, P = part.mask, part.mask.num_queries, known.box.shape[0]
+    query, rows = part.query[0, 0], row + jnp.arange(R)
+    if mask.causal:
+        lead = lax.dynamic_slice_in_dim(query, (start - offset).clip(0, T - 1), 1, axis=1)
+        who = selection.Tile(rows, start, lead, jnp.ones(1, bool))
+    else:
+        exists = rows < (T if mask.query_lengths is None else mask.query_lengths[0])
+        who = selection.Tile(rows, start, query[:, rows.clip(0, T - 1)], exists & (rows < T))
+
+    def choice():
+        return selection.choice(rule.selection(), who, known.box, mask, part.soft_cap).astype(jnp.int32)
+
+    chosen = choice() if known.begun is None else lax.cond(start < offset, lambda: known.begun, choice)
+    pages = jnp.sort(jnp.where(chosen < 0, P, chosen))
+    ends = jnp.arange(P + 1) * rule.page
+    ranks = (ends - tail.begin).clip(0, tail.before) + (ends - tail.resume).clip(0, tail.count - tail.before)
+    begin, end = (ranks[at.clip(max=P)].astype(jnp.int32) for at in (pages, pages + 1))
+    rest = (ranks[1:] > ranks[:-1]) & ~(jnp.arange(P)[:, None] == pages[None]).any(1)
+    return chosen, rest, selection.keys_of(chosen, rule.page), (begin, end)
+
+
+def _passing(rank: Int[Array, " m"], spans: tuple[Array, Array]) -> Int[Array, " m"]:
+    """Ranks in the tail of ranks among its keys outside of the spans, which are in order."""
+
+    def passed(rank, span):
+        return jnp.where(rank >= span[0], rank + span[1] - span[0], rank), None
+
+    return lax.scan(passed, rank, spans)[0]
 
 
 def _tail(mask: Mask, start, end, low, high, sinks: int) -> Tail:

@@ -12,7 +12,7 @@ from attention.sparse.pages import PagedCache, paged, sound_box_bound
 from attention.testing.cases import draw, families
 
 C = 3
-bounds = jax.jit(lambda q, k, v: sound_box_bound(q, jax.tree.map(lambda x: x[0, 0], paged(k, v, C, None))))
+bounds = jax.jit(lambda q, k, v: sound_box_bound(q, paged(k, v, C, None).box[0, 0]))
 append = jax.jit(PagedCache.append)
 
 

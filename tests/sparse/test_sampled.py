@@ -14,6 +14,7 @@ from experiments.coverage import FAMILIES, QUERIES, Drawn, drawn, farthest, prob
 
 S, H, DRAWS = 400, 8, 2048
 METHOD = Sampled(samples=96, window=16, sinks=4, query_block=4, delta=0.05)
+HEAVY = dataclasses.replace(METHOD, heavy=4, page=16)
 # That is exceeded by a row whose certificate keeps its word with probability 1e-6.
 ALLOWED = most_failures(DRAWS, 1 - METHOD.delta)
 
@@ -37,6 +38,21 @@ def test_certificates_fail_no_more_often_than_they_say(family):
         assert most(found.error > found.bound) <= ALLOWED
         lost = found.weights[:, :, METHOD.sinks : S - QUERIES - METHOD.window].sum(-1).T  # what is not kept in any case
         assert most(lost > found.mass) <= ALLOWED
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_certificates_fail_no_more_often_with_heavy_pages(family):
+    """2,048 draws at temperature 2."""
+    found = measured(family, 2.0, DRAWS, HEAVY)
+    assert not np.isnan(found.bound).any()
+    assert most(found.error > found.bound) <= ALLOWED
+
+
+def test_a_heavy_key_is_kept_and_its_weight_out_of_the_range():
+    """The page of one key 20 times as long as the others is chosen, and the median bound falls below half of what it
+    is where samples have to find that key."""
+    bounds = [np.median(measured("huge key", 8.0, 64, method).bound) for method in (METHOD, HEAVY)]
+    assert bounds[1] < 0.5 * bounds[0]
 
 
 @pytest.mark.campaign
@@ -95,10 +111,11 @@ def test_planted_mistakes_fail_more_often(plant, monkeypatch):
     assert most(found.error > found.bound) > most_failures(256, 1 - method.delta)
 
 
-def test_estimates_of_a_mean_are_unbiased():
+@pytest.mark.parametrize("method", [METHOD, HEAVY], ids=["sampled", "with heavy pages"])
+def test_estimates_of_a_mean_are_unbiased(method):
     """At infinite temperature all weights are equal and the denominator is the number of keys, so that the output is
     an unbiased estimate of the mean value: its mean over draws is off by 5 standard errors at most."""
-    outputs = measured("shifted end", np.inf, DRAWS).output
+    outputs = measured("shifted end", np.inf, DRAWS, method).output
     value = problem("shifted end", S, H)[2][0, :, 0].astype(np.float64)
     counts = np.arange(S - QUERIES + 1, S + 1)
     means = np.cumsum(value, axis=0)[counts - 1] / counts[:, None]
@@ -108,7 +125,16 @@ def test_estimates_of_a_mean_are_unbiased():
 
 
 def test_fields_and_params():
-    for fields in ({"samples": 1}, {"window": 0}, {"sinks": -1}, {"query_block": 0}, {"delta": 0.0}, {"delta": 1.0}):
+    for fields in (
+        {"samples": 1},
+        {"window": 0},
+        {"heavy": -1},
+        {"page": 0},
+        {"sinks": -1},
+        {"query_block": 0},
+        {"delta": 0.0},
+        {"delta": 1.0},
+    ):
         with pytest.raises(ValueError, match=f"Sampled.{next(iter(fields))} is"):
             Sampled(**fields)
     case = draw(2).astype(jnp.float32)
