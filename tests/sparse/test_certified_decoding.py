@@ -72,8 +72,8 @@ def test_planted_mistakes_are_caught(plant, monkeypatch):
     """By the check that the true step passes."""
     plan, limits = certified_step.plan, certified_step.limits_of
 
-    def wrong_plan(query, pages, visible, own, **options):
-        right = plan(query, pages, visible, own, **options)
+    def wrong_plan(query, pages, visible, edge, own, **options):
+        right = plan(query, pages, visible, edge, own, **options)
         return right._replace(read=right.read.at[0].set(False)) if plant == "a page missing" else right
 
     def wrong_limits(of, reach, page, **options):
