@@ -50,6 +50,11 @@ def _smooth_power_jvp(primals, tangents):
     return y, y * (tangents[0] / unit(y.dtype))
 
 
+def finite(level: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What to subtract from logits: their level, or 0 where that is -inf."""
+    return jnp.where(jnp.isneginf(level), 0, level)
+
+
 def _coefficient(i: int) -> float:
     return math.log(2) ** i / math.factorial(i)
 

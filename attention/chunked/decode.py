@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.chunked.online import finite
 from attention.chunked.sizes import divisor
+from attention.exponential import finite
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.rounding import product

@@ -20,7 +20,7 @@ from attention.chunked.logits import (
 )
 from attention.chunked.sizes import Tiling
 from attention.chunked.tiles import Span, Tiles, banded, irregular, span
-from attention.exponential import power, unit
+from attention.exponential import finite, power, unit
 from attention.inputs import Inputs
 from attention.rounding import CALM, max_over_visible, norms, product
 
@@ -44,11 +44,6 @@ class Partial(NamedTuple):
     def residual(self) -> Float[Array, "b k G R"]:
         """log(sum(exp(logits))); -inf where no key was seen."""
         return jnp.log(self.sums[:, :, -1]) + self.level / unit(self.level.dtype)
-
-
-def finite(level: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What to subtract from logits: their level, or 0 where that is -inf."""
-    return jnp.where(jnp.isneginf(level), 0, level)
 
 
 def attend(inputs: Inputs, tiling: Tiling) -> tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]:

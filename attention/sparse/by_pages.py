@@ -18,7 +18,8 @@ from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.sparse.online import across
 from attention.sparse.plan import Limits, Plan, plan
-from attention.sparse.reading import Found, Head, Rows, block, definition, divisor, online
+from attention.sparse.reading import Found, Head, Rows, definition, online
+from attention.sparse.rows import block, divisor
 from attention.sparse.visible import edges, growing_means, visible_pages
 
 READ = 256  # keys of a block: with 512 rows a product of less would run on one thread of a CPU

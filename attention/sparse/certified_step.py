@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attention.exponential import finite
 from attention.masks import Mask
 from attention.rounding import CALM, Sizes, norms, product
 from attention.sparse.bounds import REACH
@@ -112,15 +113,11 @@ def _of_means(chosen: Plan, value: Float[Array, "P E"], C: int) -> Sums:
     mean, logits = chosen.mean[..., 0].T, chosen.logits[..., 0].T  # G P
     logits = jnp.where(mean, logits, -jnp.inf)
     level = logits.max(1)
-    weights = C * jnp.exp(logits - _finite(level)[:, None])
+    weights = C * jnp.exp(logits - finite(level)[:, None])
     return Sums(product("GP,PE->GE", weights, value), weights.sum(1), level)
 
 
 def _merged(a: Sums, b: Sums) -> Sums:
     level = jnp.maximum(a.level, b.level)
-    x, y = (jnp.exp(part.level - _finite(level)) for part in (a, b))
+    x, y = (jnp.exp(part.level - finite(level)) for part in (a, b))
     return Sums(a.values * x[:, None] + b.values * y[:, None], a.total * x + b.total * y, level)
-
-
-def _finite(level: Float[Array, " G"]) -> Float[Array, " G"]:
-    return jnp.where(jnp.isneginf(level), 0, level)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from attention.exponential import smooth_power, unit
+from attention.exponential import finite, smooth_power, unit
 from attention.logits import soft_capped
 from attention.rounding import CALM, product
+from attention.sparse.online import across
+from attention.sparse.rows import divisor
 
 FEW = 4  # rows that read keys and values as they lie
 CHUNK = 64  # keys of a product of these
@@ -67,8 +69,7 @@ def attend(
 
     level = lax.stop_gradient(_level(shown, limit))
     weights = smooth_power(shown() - level[None])
-    across = value.astype(dtype).T
-    sums = product("En,nGR->EGR", jnp.concatenate([across, jnp.ones_like(across[:1])]), weights)
+    sums = product("En,nGR->EGR", across(value, dtype), weights)
     total = sums[-1]
     output = sums[:-1] / jnp.where(total > 0, total, 1)[None]
     return Found(jnp.moveaxis(output, 0, 2), level / unit(dtype), lax.stop_gradient(total))
@@ -79,12 +80,11 @@ def _few(query, key, value, visible, soft_cap) -> Found:
     dtype, n = query.dtype, key.shape[0]
     logits = jnp.moveaxis(product("nH,HGR->nGR", key.astype(dtype), jnp.moveaxis(query, 2, 0)), 0, 2)
     logits = jnp.where(visible, soft_capped(logits, soft_cap), -jnp.inf)
-    level = lax.stop_gradient(logits.max(-1))
-    level = jnp.where(jnp.isneginf(level), 0, level)
+    level = finite(lax.stop_gradient(logits.max(-1)))
     weights = jnp.exp(logits - level[..., None])
     total = weights.sum(-1)
     # In one sum over all keys, the product of a batch of heads would be a plain loop.
-    C = max(size for size in range(1, CHUNK + 1) if n % size == 0)
+    C = divisor(n, CHUNK)
     parts = product(
         "GRmC,mCE->mGRE", weights.reshape(*total.shape, -1, C), value.astype(dtype).reshape(-1, C, value.shape[1])
     )
@@ -96,8 +96,7 @@ def _level(logits: Callable[[], Float[Array, "n G R"]], limit: Float[Array, "G R
     """What is subtracted from the logits, in units: a row's own limit or maximum, whatever others in its tile do."""
 
     def largest():
-        top = lax.stop_gradient(logits()).max(0)
-        return jnp.where(jnp.isneginf(top), 0, top)
+        return finite(lax.stop_gradient(logits()).max(0))
 
     if limit is None:
         return largest()

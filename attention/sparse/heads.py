@@ -15,7 +15,7 @@ from attention.sparse.moments import widths
 from attention.sparse.outlook import hopeless
 from attention.sparse.padding import padded
 from attention.sparse.plan import Limits, limits
-from attention.sparse.reading import block
+from attention.sparse.rows import block
 from attention.sparse.visible import alike, first_keys, regular
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from attention.exponential import power, unit
+from attention.exponential import finite, power, unit
 from attention.rounding import CALM, product
 
 
@@ -41,9 +41,9 @@ def added(
     # A row keeps its own kind of level, whatever the others in its tile do: the tile only decides what is computed.
     largest = lax.cond(calm.all(), lambda: found.level, lambda: jnp.maximum(found.level, masked.max(0)))
     level = jnp.where(calm, found.level, largest)
-    finite = jnp.where(jnp.isneginf(level), 0, level)
-    gained = product("FS,SN->FN", values, power(masked - finite[None]))
-    return Partial(level, found.sums * power(found.level - finite)[None] + gained)
+    top = finite(level)
+    gained = product("FS,SN->FN", values, power(masked - top[None]))
+    return Partial(level, found.sums * power(found.level - top)[None] + gained)
 
 
 def finished(found: Partial) -> tuple[Float[Array, "N E"], Float[Array, " N"]]:

@@ -16,7 +16,7 @@ from attention.exponential import unit
 from attention.inputs import Inputs
 from attention.rounding import product
 from attention.sparse.moments import Moments
-from attention.sparse.online import Partial, added, begun, finished
+from attention.sparse.online import Partial, across, added, begun, finished
 from attention.sparse.plan import Limits, Plan
 from attention.sparse.visible import Visible
 
@@ -91,7 +91,7 @@ def online(head: Head, rows: Rows, block: int) -> Found:
     order = jnp.nonzero(some, size=len(some), fill_value=0)[0]
 
     def from_means(found: Partial) -> Partial:
-        values = head.page * jnp.concatenate([head.pages.value.T, jnp.ones((1, P), dtype)])
+        values = head.page * across(head.pages.value, dtype)
         return added(found, size, logits * unit(dtype), values, means)
 
     def from_block(i, found: Partial) -> Partial:
@@ -116,13 +116,3 @@ def online(head: Head, rows: Rows, block: int) -> Found:
     might = seen.reshape(wanted.shape).any((1, 2)).sum()
     pairs = [x.astype(dtype) * (block * N) for x in (some.sum(), might)]
     return Found(output.reshape(G, R, -1), residual.reshape(G, R) - plan.top, *pairs)
-
-
-def block(pages: int, page: int, keys: int) -> int:
-    """The most keys, up to `keys` but at least a page, that are whole pages and of which all `pages` are a multiple."""
-    return page * divisor(pages, max(1, keys // page))
-
-
-def divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is no more than another."""
-    return max(n for n in range(1, number + 1) if number % n == 0 and n <= most)

@@ -1,4 +1,4 @@
-"""Cutting queries into tiles of one size, of which the last is moved back to end with the last query."""
+"""Cutting queries into tiles of one size, the last moved back to end with the last query, and pages into blocks."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,3 +23,13 @@ def aligned(tiles: Array, shift, T: int) -> Array:
     tiles = jnp.moveaxis(tiles, 1, 0)
     rows = tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
     return lax.dynamic_slice_in_dim(rows, shift, T, axis=1)
+
+
+def block(pages: int, page: int, keys: int) -> int:
+    """The most keys, up to `keys` but at least a page, that are whole pages and of which all `pages` are a multiple."""
+    return page * divisor(pages, max(1, keys // page))
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is no more than another."""
+    return max(n for n in range(1, number + 1) if number % n == 0 and n <= most)

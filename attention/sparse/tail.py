@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from attention.exponential import finite
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import Mask
@@ -178,8 +179,7 @@ def weighted(part: Inputs, tile: Tile) -> Weighted:
     visible = mask.at(tile.at, tile.keys)[0, 0] & there[None, None]
     logits = soft_capped(product("GRH,nH->GRn", part.query[0, 0][:, tile.at], key), part.soft_cap)
     logits = jnp.where(visible, logits, -jnp.inf)
-    level = lax.stop_gradient(logits.max(-1))
-    level = jnp.where(jnp.isneginf(level), 0, level)
+    level = finite(lax.stop_gradient(logits.max(-1)))
     weights = jnp.exp(logits - level[..., None])
     multiple = jnp.where(jnp.arange(tile.keys.size) < tile.keys.size - tile.sampled, 1, tile.weight)
     scaled = weights * multiple[None, None]

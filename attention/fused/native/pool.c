@@ -24,14 +24,18 @@ static void help(void *data) {
   if (atomic_fetch_sub(&j->holders, 1) == 1) free(j);
 }
 
-static int64_t pool_size(const threads *pool) {
-  int64_t size = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args args = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, 0, pool->context, &size};
-  XLA_FFI_Error *error = pool->api->XLA_FFI_ThreadPool_NumThreads(&args);
-  if (!error) return size;
+/* Whether a call of XLA's failed; its message is not kept. */
+static int failed(const threads *pool, XLA_FFI_Error *error) {
+  if (!error) return 0;
   XLA_FFI_Error_Destroy_Args gone = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, 0, error};
   pool->api->XLA_FFI_Error_Destroy(&gone);
   return 1;
+}
+
+static int64_t pool_size(const threads *pool) {
+  int64_t size = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args args = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, 0, pool->context, &size};
+  return failed(pool, pool->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : size;
 }
 
 /* The caller works too, so that all is done even where every other thread is busy, or waits for the caller. */
@@ -46,11 +50,7 @@ void share(const threads *pool, int64_t items, void (*work)(const void *context,
   *j = (job){.items = items, .work = work, .context = context, .holders = helpers + 2};
   for (int64_t i = 0; i < helpers; i++) {
     XLA_FFI_ThreadPool_Schedule_Args args = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, 0, pool->context, help, j};
-    XLA_FFI_Error *error = pool->api->XLA_FFI_ThreadPool_Schedule(&args);
-    if (!error) continue;
-    XLA_FFI_Error_Destroy_Args gone = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, 0, error};
-    pool->api->XLA_FFI_Error_Destroy(&gone);
-    atomic_fetch_sub(&j->holders, 1);
+    if (failed(pool, pool->api->XLA_FFI_ThreadPool_Schedule(&args))) atomic_fetch_sub(&j->holders, 1);
   }
   help(j); /* one of the two holds of the caller; the other keeps `done` until it is read for the last time */
   while (atomic_load(&j->done) < items) sched_yield();
@@ -71,12 +71,15 @@ static void drop(void *data) {
 }
 static void make_key(void) { pthread_key_create(&kept, drop); }
 
+/* In whole units of 128, so that the next array is aligned. */
+static size_t bytes_of(int64_t numbers) { return (numbers * sizeof(float) + 127) / 128 * 128; }
+
 void workspace(float **parts, const int64_t *sizes, int count) {
   pthread_once(&once, make_key);
   slab *mine = pthread_getspecific(kept);
   if (!mine) pthread_setspecific(kept, mine = calloc(1, sizeof(slab)));
   size_t size = 0;
-  for (int i = 0; i < count; i++) size += (sizes[i] * sizeof(float) + 127) / 128 * 128;
+  for (int i = 0; i < count; i++) size += bytes_of(sizes[i]);
   if (mine->size < size) {
     free(mine->at);
     mine->at = aligned_alloc(128, size);
@@ -87,5 +90,5 @@ void workspace(float **parts, const int64_t *sizes, int count) {
     }
   }
   char *at = mine->at;
-  for (int i = 0; i < count; at += (sizes[i] * sizeof(float) + 127) / 128 * 128, i++) parts[i] = (float *)at;
+  for (int i = 0; i < count; at += bytes_of(sizes[i]), i++) parts[i] = (float *)at;
 }
