@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"chunked", "linear", "sparse", "sharded", "fused"}
 FOUNDATION = {"method": set(), "masks": set(), "checks": set(), "positions": set(), "ranking": set()}
-FOUNDATION |= {"exponential": set(), "monomials": set(), "bernstein": set()}
+FOUNDATION |= {"exponential": set(), "monomials": set(), "bernstein": set(), "tiles": set()}
 FOUNDATION |= {"logits": {"checks"}}
 FOUNDATION |= {"inputs": {"method", "masks", "logits", "checks"}}
 FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
@@ -20,7 +20,7 @@ FOUNDATION |= {"diagnostics": {"method", "masks", "checks", "inputs", "exact", "
 FOUNDATION |= {"scale_rules": {"method", "masks", "inputs", "exact"}}
 FOUNDATION |= {"api": {"method", "masks", "logits", "inputs", "exact"}}
 BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
-BELOW_FAMILIES |= {"exponential", "monomials", "bernstein"}
+BELOW_FAMILIES |= {"exponential", "monomials", "bernstein", "tiles"}
 
 
 def imported(path: Path) -> set[str]:
