@@ -7,19 +7,10 @@ from attention.api import attention_steps, certified_attention, dot_product_atte
 from attention.chunked import Chunked
 from attention.diagnostics import Diagnostics, diagnostics
 from attention.exact import AttentionSteps, Exact
+from attention.expressions import make_method, parse_method
 from attention.fused import Fused
 from attention.linear import CosFormer, Hedgehog, LinearElu, Nystrom, Performer, Taylor
-from attention.method import (
-    METHODS,
-    Capabilities,
-    Certificate,
-    Cost,
-    Method,
-    Params,
-    UnsupportedError,
-    make_method,
-    parse_method,
-)
+from attention.method import METHODS, Capabilities, Certificate, Cost, Method, Params, UnsupportedError
 from attention.scale_rules import SCALE_RULES, adaptive_factor, visible_keys, yarn_factor
 from attention.sparse import BlockTopK, Certified, Hashed, LocalChunked, Sampled, SlidingWindow, TopK
 

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 
 from attention.exact import AttentionSteps, Exact, softmax, weighted_values
+from attention.expressions import make_method
 from attention.inputs import prepare, ungrouped
-from attention.method import Certificate, Method, UnsupportedError, capable, compiled, make_method
+from attention.method import Certificate, Method, UnsupportedError, capable, compiled
 
 
 def dot_product_attention(

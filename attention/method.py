@@ -1,4 +1,4 @@
-"""The contract that every attention method keeps, and the registry that finds them.
+"""The contract that every attention method keeps.
 
 A method is a frozen, keyword-only dataclass whose fields are its configuration. It holds no arrays;
 what it learns or draws comes from `Method.init` and is passed back as `params`. Subclassing `Method`
@@ -6,19 +6,15 @@ registers the class, so the line that imports a method's file is its registratio
 """
 
 import abc
-import ast
 import dataclasses
-import difflib
 import functools
-import warnings
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
-ENTRY_POINT_GROUP = "attention.methods"
+from attention.registry import Registry
 
 
 class UnsupportedError(NotImplementedError):
@@ -210,87 +206,13 @@ class Method(abc.ABC):
         """Operations and bytes of a forward pass over one batch element in float32."""
 
 
-class _Registry(Mapping[str, type[Method]]):
-    """Command-line names to method classes; loads the `attention.methods` entry points when first read."""
-
-    def __init__(self) -> None:
-        self._classes: dict[str, type[Method]] = {}
-        self._loaded = False
-
-    def add(self, cls: type[Method]) -> None:
-        name = cls.__name__.lower()
-        known = self._classes.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"method name {name!r}: {cls.__module__}.{cls.__qualname__} would replace "
-                f"{known.__module__}.{known.__qualname__}; rename one of the classes"
-            )
-        self._classes[name] = cls
-
-    def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True  # before loading: a plugin that reads METHODS while it is imported must not recurse
-        for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
-            try:
-                entry.load()
-            except Exception as error:  # a broken plugin must not take the library down with it
-                warnings.warn(f"entry point {entry.name!r} ({entry.value}) failed to load: {error!r}", stacklevel=3)
-
-    def __getitem__(self, name: str) -> type[Method]:
-        self._load()
-        if name not in self._classes:
-            raise KeyError(unknown("method", name, self._classes))
-        return self._classes[name]
-
-    def __iter__(self) -> Iterator[str]:
-        self._load()
-        return iter(self._classes)
-
-    def __len__(self) -> int:
-        self._load()
-        return len(self._classes)
-
-
-METHODS = _Registry()
+METHODS: Registry[type[Method]] = Registry("attention.methods")
 
 
 @functools.partial(jax.jit, static_argnames=("method", "hook"))
 def compiled(inputs: Any, *, method: Method, hook: str) -> Any:
     """`method.hook(inputs)` under jit, so that a call outside any jit compiles once and not once a call."""
     return getattr(method, hook)(inputs)
-
-
-def make_method(name: str, **fields: Any) -> Method:
-    """The method called `name` on the command line, with `fields` set.
-
-    Raises:
-        ValueError: the name or a field is unknown; the message gives the nearest one.
-    """
-    if name not in METHODS:
-        raise ValueError(unknown("method", name, METHODS))
-    known = [field.name for field in dataclasses.fields(METHODS[name])]
-    for field in fields:
-        if field not in known:
-            raise ValueError(unknown(f"field of {METHODS[name].__name__}", field, known))
-    return METHODS[name](**fields)
-
-
-def parse_method(expression: str) -> Method:
-    """The method that prints as `expression`, such as `TopK(k=16)`; a name alone has its defaults.
-
-    Raises:
-        ValueError: the name or a field is unknown, or this is no such expression. Nothing is evaluated.
-    """
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-        call = tree if isinstance(tree, ast.Call) else ast.Call(func=tree, args=[], keywords=[])
-        if not isinstance(call.func, ast.Name) or call.args or any(word.arg is None for word in call.keywords):
-            raise ValueError(f"{expression!r} is not a name with keyword arguments")
-        fields = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"method is {expression!r}: expected a name, or an expression like TopK(k=16)") from error
-    return make_method(call.func.id.lower(), **fields)
 
 
 def capable(capability: str) -> str:
@@ -303,13 +225,6 @@ def overriding(hook: str) -> str:
     """Names the methods that have a hook of their own, for the end of an error message."""
     names = [cls.__name__ for cls in METHODS.values() if getattr(cls, hook) is not getattr(Method, hook)]
     return f"methods that can: {', '.join(names) or 'none'}"
-
-
-def unknown(kind: str, name: str, known: Any) -> str:
-    """The message for a name that does not exist, with the nearest one that does."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(known))}"
 
 
 def check_positive(method: Method, *fields: str) -> None:

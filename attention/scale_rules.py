@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from attention.exact import Exact
 from attention.inputs import Inputs, prepare, ungrouped
 from attention.masks import Mask
-from attention.method import unknown
+from attention.registry import unknown
 
 AREA = 2**18  # logits in a tile of rows, of all heads together
 ROWS = 16  # rows of a tile at least

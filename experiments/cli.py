@@ -7,7 +7,8 @@ from typing import Any
 
 import tyro
 
-from attention.method import METHODS, UnsupportedError, unknown
+from attention.method import METHODS, UnsupportedError
+from attention.registry import unknown
 from experiments.log import NonFiniteError
 from experiments.runtime import Interrupted
 

@@ -19,7 +19,7 @@ from experiments.summary import Results, by_beta, cells, final, grouped, labels,
 
 
 def loss_over_scale_and_temperature(results: Results) -> Figure:
-    """Validation loss (nats a token) after the last step: scale down, temperature across, one panel a method. \
+    """Validation loss after the last step: scale down, temperature across, one panel a method. \
 Cells on a rising diagonal share beta = scale / temperature."""
     found = {key: cells(results, key) for key in labels(results)}
     losses = [loss.mean for grid in found.values() for loss in grid.values() if not math.isnan(loss.mean)] or [0.0]

@@ -6,7 +6,7 @@ import typing
 from typing import Any, Literal
 
 import attention
-from attention.method import unknown
+from attention.registry import unknown
 from experiments.config import Run
 
 UNSWEPT = ("name", "folder")

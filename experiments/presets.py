@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 
 import configs
-from attention.method import unknown
+from attention.registry import unknown
 from experiments.axes import Axes
 from experiments.config import Run
 

@@ -18,8 +18,7 @@ from experiments.runtime import environment
 def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> None:
     """Writes results.json and the figure into the benchmark's folder."""
     name = type(benchmark).__name__.lower()
-    config = {name: _told(value) for name, value in dataclasses.asdict(benchmark).items()}
-    record = {"benchmark": name, "config": config, "environment": _environment(), "cells": results}
+    record = {"benchmark": name, "config": told(benchmark), "environment": _environment(), "cells": results}
     benchmark.out.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.out / "results.json", record)
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
@@ -30,8 +29,13 @@ def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> N
     print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
 
 
+def told(benchmark: Any) -> dict[str, Any]:
+    """The options of a benchmark as its results record them."""
+    return {name: _told(value) for name, value in dataclasses.asdict(benchmark).items()}
+
+
 def _told(value: Any) -> Any:
-    """A field as JSON takes it: of a file its name, since where it lay says nothing of the results."""
+    """An option as JSON takes it: of a file its name, since where it lay says nothing of the results."""
     if isinstance(value, tuple):
         return [_told(item) for item in value]
     return value.name if isinstance(value, Path) else value

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 import attention
-from attention.method import unknown
+from attention.registry import unknown
 from experiments.checkpoint import Checkpoints
 from experiments.checks import check_run
 from experiments.config import Run

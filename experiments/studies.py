@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import configs.studies
-from attention.method import unknown
+from attention.registry import unknown
 from experiments.campaign import execute, make_plan
 from experiments.config import Data, Model, Optimizer, Run
 from experiments.points import planned, to_dict_of

@@ -128,3 +128,16 @@ BAD = {
 def test_bad_input_is_refused_with_its_name(changed, error, message):
     with pytest.raises(error, match=message):
         attention.dot_product_attention(**{"query": q, "key": k, "value": v} | changed)
+
+
+DECODING = [cls.examples()[0] for cls in attention.METHODS.values() if cls.capabilities.decoding]
+
+
+@pytest.mark.parametrize("method", DECODING, ids=repr)
+def test_extend_refuses_what_only_a_whole_sequence_has(method):
+    """New tokens have a causal mask over the state; another would be dropped, and the output silently wrong."""
+    state = method.init_state(1, 1, 8, 4, jnp.float32)
+    token = jnp.ones((1, 1, 1, 8))
+    for name in ("mask", "bias", "key_value_seq_lengths", "query_segment_ids", "is_causal"):
+        with pytest.raises(TypeError, match=name):
+            method.extend(state, token, token, token, **{name: None})

@@ -9,18 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"chunked", "linear", "sparse", "sharded", "fused"}
-FOUNDATION = {"method": set(), "masks": set(), "checks": set(), "positions": set(), "ranking": set()}
-FOUNDATION |= {"exponential": set(), "monomials": set(), "bernstein": set()}
-FOUNDATION |= {"logits": {"checks"}}
+FOUNDATION = {"registry": set(), "masks": set(), "checks": set(), "positions": set(), "ranking": set()}
+FOUNDATION |= {"exponential": set(), "monomials": set(), "bernstein": set(), "tiles": set()}
+FOUNDATION |= {"method": {"registry"}, "expressions": {"method", "registry"}, "logits": {"checks"}}
 FOUNDATION |= {"inputs": {"method", "masks", "logits", "checks"}}
 FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
 FOUNDATION |= {"rounding": {"masks", "inputs"}}
 FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache", "rounding"}}
 FOUNDATION |= {"diagnostics": {"method", "masks", "checks", "inputs", "exact", "ranking"}}
-FOUNDATION |= {"scale_rules": {"method", "masks", "inputs", "exact"}}
-FOUNDATION |= {"api": {"method", "masks", "logits", "inputs", "exact"}}
-BELOW_FAMILIES = {"method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
-BELOW_FAMILIES |= {"exponential", "monomials", "bernstein"}
+FOUNDATION |= {"scale_rules": {"registry", "masks", "inputs", "exact"}}
+FOUNDATION |= {"api": {"method", "expressions", "masks", "logits", "inputs", "exact"}}
+BELOW_FAMILIES = {"registry", "method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
+BELOW_FAMILIES |= {"exponential", "monomials", "bernstein", "tiles"}
 
 
 def imported(path: Path) -> set[str]:

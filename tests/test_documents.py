@@ -2,16 +2,20 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import textwrap
 from pathlib import Path
 
 import pytest
+import tyro
 
 import attention
 from attention.testing import check
 from experiments import tables
+from experiments.benchmark import Benchmark
+from experiments.records import told
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages(attention.__path__, "attention."))
@@ -56,6 +60,29 @@ def test_readme_names_the_commands_of_the_makefile():
 def test_links_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)#]+)", document.read_text()):
         assert link.startswith("https://") or (document.parent / link).exists(), link
+
+
+def known(options: dict, to: dict) -> dict:
+    """The options that others have too, but for where results are written."""
+    return {
+        name: known(options[name], to[name]) if isinstance(to[name], dict) else options[name]
+        for name in to
+        if name != "out"
+    }
+
+
+def test_results_stand_beside_the_command_that_made_them():
+    """The options in a results.json are those of the command in its row; those added since are not in it."""
+    checked = 0
+    for row in (ROOT / "docs" / "results" / "README.md").read_text().splitlines():
+        commands, folders = re.findall(r"`bench ([^`]+)`", row), re.findall(r"\]\((\w+)/\w+\.\w+\)", row)
+        for command, folder in zip(commands, folders, strict=bool(commands)):
+            made = json.loads((ROOT / "docs" / "results" / folder / "results.json").read_text())
+            arguments = command.replace("...", " ".join(made["config"].get("operands", []))).split()
+            asked = json.loads(json.dumps(told(tyro.cli(Benchmark, args=arguments))))
+            assert known(asked, made["config"]) == known(made["config"], made["config"]), command
+            checked += 1
+    assert checked
 
 
 @pytest.mark.parametrize("name", MODULES)

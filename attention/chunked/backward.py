@@ -27,7 +27,7 @@ from attention.chunked.logits import (
     visible,
 )
 from attention.chunked.sizes import Tiling
-from attention.chunked.tiles import banded, irregular, span
+from attention.chunked.spans import banded, irregular, span
 from attention.exponential import power, unit
 from attention.inputs import Inputs
 from attention.rounding import product

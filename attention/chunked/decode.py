@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.chunked.sizes import divisor
 from attention.exponential import finite
 from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.rounding import product
+from attention.tiles import divisor
 
 # Rows of all heads, up to which their arithmetic takes less time than reading the keys.
 FEW = 32

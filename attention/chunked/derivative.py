@@ -22,9 +22,10 @@ from attention.chunked.decode import decode, is_few
 from attention.chunked.linear_map import LinearMap, apply
 from attention.chunked.online import attend
 from attention.chunked.sizes import Tiling
-from attention.chunked.tiles import Tiles, banded, span
+from attention.chunked.spans import banded, span
 from attention.inputs import Inputs, emptied
 from attention.masks import slice_or_keep
+from attention.tiles import Tiles
 
 Tangents = dict[str, jax.Array]
 

@@ -8,7 +8,7 @@ from attention.cache import Cached
 from attention.chunked.decode import is_few
 from attention.chunked.derivative import attention
 from attention.chunked.sizes import Tiling, chosen
-from attention.chunked.tiles import banded, irregular
+from attention.chunked.spans import banded, irregular
 from attention.exact import Exact, exact_certificate
 from attention.inputs import Inputs, emptied
 from attention.method import Certificate, Cost, check_positive

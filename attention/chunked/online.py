@@ -19,10 +19,11 @@ from attention.chunked.logits import (
     visible,
 )
 from attention.chunked.sizes import Tiling
-from attention.chunked.tiles import Span, Tiles, banded, irregular, span
+from attention.chunked.spans import Span, banded, irregular, span
 from attention.exponential import finite, power, unit
 from attention.inputs import Inputs
 from attention.rounding import CALM, max_over_visible, norms, product
+from attention.tiles import Tiles
 
 
 class Partial(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from jax import lax
 from jaxtyping import Array, Float
 
-from attention.chunked.tiles import Tiles
+from attention.tiles import Tiles, divisor
 
 # Measured by `python -m experiments.benchmark tiles`, and for several heads a tile by hand, on a CPU of 2 cores. A
 # matrix product of no more than 2**22 multiplications runs on one thread, and a tile passes through the caches that
@@ -64,8 +64,3 @@ def even(length: int, size: int) -> int:
     count = -(-length // size)
     even_size = -(-length // count)
     return min(length, -(-even_size // ALIGNMENT) * ALIGNMENT) if count > 1 else length
-
-
-def divisor(length: int, limit: int) -> int:
-    """The largest divisor of an axis within a limit."""
-    return max(size for size in range(1, length + 1) if length % size == 0 and size <= max(1, limit))

@@ -9,19 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from attention.api import dot_product_attention
 from attention.exact import Exact
-from attention.flax.parts import (
-    Constant,
-    SpectralLinear,
-    by_token,
-    check_sizes,
-    plain,
-    rows_scaled,
-    starting_scale,
-    unit_norm,
-    values,
-)
+from attention.flax.parts import Constant, plain, rows_scaled, starting_scale, values
+from attention.flax.projections import Projections
 from attention.method import Method, Params
-from attention.positions import rotated
 from attention.scale_rules import adaptive_factor, scale_rule, visible_keys
 
 
@@ -32,7 +22,7 @@ class DecodingState(NamedTuple):
     kept: Any
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(Projections):
     r"""Multi-head attention with grouped key heads: learned Wq, Wk, Wv and Wo around one method.
 
         y = [o_1 ... o_N] Wo,    o_n = softmax(beta_n R(x Wq_n) R(x Wk_m)^T + bias) (x Wv_m),    m = floor(n K / N)
@@ -44,26 +34,18 @@ class MultiHeadAttention(nnx.Module):
     Args:
         in_features: D.
         num_heads: N.
-        rngs: draws the kernels from `params`, in the order query, key, value, output, gate; then what the method draws.
+        rngs: draws the kernels from `params`, and then what the method draws.
         method: how to compute attention; see `attention.METHODS`.
-        num_kv_heads: K, which divides N; N if None.
-        head_dim: H; D / N if None.
-        out_features: the size of the output; D if None.
         scale: one of `attention.SCALE_RULES`, or a number. The rules "learned", "qk-norm" and "ssmax" train one number
             a head.
         training_length: tokens of a training sequence, by which "qk-norm" and "ssmax" choose where their scales start.
-        spectral: whether the four projections are sigma-reparametrised (`SpectralLinear`).
-        gated: whether the heads' outputs are gated, entry by entry, by the tokens that ask.
-        rotary_base: the base of the rotary frequencies, usually 10,000; None for no positions. H must be even.
         logits_soft_cap: scaled scores l become cap * tanh(l / cap).
         local_window_size: (left, right), how far around its own position a query sees; one number for both.
-        use_bias: whether the four projections add a bias.
-        dtype: of the activations; that to which input and parameters promote if None.
         param_dtype: of the parameters.
-        kernel_init, out_kernel_init: draw the kernels `D NH`, `D KH`, `D KH`, and `NH out`; the same if one is None.
+        projections: others that `Projections` takes: `num_kv_heads`, `head_dim`, `out_features`, `spectral`, `gated`,
+            `rotary_base`, `use_bias`, `dtype`, `kernel_init`, `out_kernel_init`.
 
     Attributes:
-        query, key, value, output, gate: the projections; `gate` is None without one.
         trained, constants: what `method.init` returned, as `nnx.Param` and as `Constant`.
 
     Cost: that of `method`, and 2 T (D (N + 2 K) H + N H out) operations for the projections, 2 T D N H for a gate.
@@ -74,8 +56,6 @@ class MultiHeadAttention(nnx.Module):
 
     References:
         Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.2.
-        Qiu et al., "Gated attention for large language models", arXiv 2505.06708, section 2.2: the gate at the output
-        of attention, one number a head and entry.
 
     Example:
         >>> import attention, attention.flax, jax
@@ -99,41 +79,18 @@ class MultiHeadAttention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         method: Method = Exact(),
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        out_features: int | None = None,
         scale: str | float = "1/sqrt(H)",
         training_length: int | None = None,
-        spectral: bool = False,
-        gated: bool = False,
-        rotary_base: float | None = None,
         logits_soft_cap: float | None = None,
         local_window_size: int | tuple[int, int] | None = None,
-        use_bias: bool = False,
-        dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
-        out_kernel_init: nnx.Initializer | None = None,
+        **projections: Any,
     ):
-        self.method, self.rotary_base = method, rotary_base
-        self.logits_soft_cap, self.local_window_size = logits_soft_cap, local_window_size
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        out_features = in_features if out_features is None else out_features
-        check_sizes(in_features, num_heads, num_kv_heads, head_dim, rotary_base)
-        self.in_features, self.num_heads, self.num_kv_heads = in_features, num_heads, num_kv_heads
-        self.head_dim = in_features // num_heads if head_dim is None else head_dim
-        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
-
-        queries, keys = num_heads * self.head_dim, num_kv_heads * self.head_dim
-        options: dict[str, Any] = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        linear = SpectralLinear if spectral else nnx.Linear
-        self.query = linear(in_features, queries, kernel_init=kernel_init, **options)
-        self.key = linear(in_features, keys, kernel_init=kernel_init, **options)
-        self.value = linear(in_features, keys, kernel_init=kernel_init, **options)
-        self.output = linear(queries, out_features, kernel_init=out_kernel_init or kernel_init, **options)
-        self.gate = nnx.Linear(in_features, queries, kernel_init=kernel_init, **options) if gated else None
         rule = scale_rule(scale) if isinstance(scale, str) else None
-        self.unit_norm, self.by_length = (rule.unit_norm, rule.by_length) if rule else (False, False)
+        unit_norm, self.by_length = (rule.unit_norm, rule.by_length) if rule else (False, False)
+        super().__init__(in_features, num_heads, unit_norm=unit_norm, param_dtype=param_dtype, rngs=rngs, **projections)
+        self.method = method
+        self.logits_soft_cap, self.local_window_size = logits_soft_cap, local_window_size
         self.scale = starting_scale(
             scale, num_heads=num_heads, head_dim=self.head_dim, length=training_length, dtype=param_dtype
         )
@@ -153,25 +110,6 @@ class MultiHeadAttention(nnx.Module):
             As `attention.dot_product_attention`.
         """
         return self.attended(*self.projected(x, context), tokens=x, **options)
-
-    def projected(
-        self, x, context=None, start: Any = 0
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Query, key and value of tokens of which the first stands at position `start`, normalised and rotated."""
-        context = x if context is None else context
-        for name, tokens in (("x", x), ("context", context)):
-            if tokens.ndim != 3 or tokens.shape[-1] != self.in_features:
-                raise ValueError(f"{name} has shape {tokens.shape}: expected 3 axes, B T D with D = {self.in_features}")
-        query = by_token(self.query, x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-        key, value = (
-            by_token(project, context).reshape(*context.shape[:2], self.num_kv_heads, self.head_dim)
-            for project in (self.key, self.value)
-        )
-        if self.unit_norm:
-            query, key = unit_norm(query), unit_norm(key)
-        if self.rotary_base is not None:
-            query, key = (rotated(y, jnp.arange(y.shape[1]) + start, self.rotary_base) for y in (query, key))
-        return query, key, value
 
     def attended(
         self,
@@ -194,7 +132,7 @@ class MultiHeadAttention(nnx.Module):
         """
         query, options = self.scored(query, key, **options)
         output = dot_product_attention(query, key, value, method=self.method, **options)
-        return self._merged(output, tokens)
+        return self.merged(output, tokens)
 
     def scored(
         self,
@@ -254,7 +192,7 @@ class MultiHeadAttention(nnx.Module):
             query = self._by_length(query, seen.astype(jnp.promote_types(query.dtype, jnp.float32))[None, :, None])
         settings = self._settings(scale, temperature, logits_soft_cap)
         kept, output = self.method.extend(state.kept, query, key, value, **settings, rng=rng)
-        return DecodingState(state.length + x.shape[1], kept), self._merged(output, x)
+        return DecodingState(state.length + x.shape[1], kept), self.merged(output, x)
 
     def redraw(self, rng: Array, *, step: Any, every: int) -> None:
         """Gives the method the constants of a training step, as `Method.redrawn` draws them; before each step.
@@ -265,12 +203,6 @@ class MultiHeadAttention(nnx.Module):
         redrawn = self.method.redrawn(self.params(), rng, step=step, every=every)
         for name, drawn in redrawn.constants.items():
             self.constants[name][...] = drawn
-
-    def power_iteration(self) -> None:
-        """Brings the singular vectors of sigma-reparametrised projections up to date; after each training step."""
-        for linear in (self.query, self.key, self.value, self.output):
-            if isinstance(linear, SpectralLinear):
-                linear.power_iteration()
 
     def _by_length(self, query: Array, seen: Float[Array, "b T n"]) -> Float[Array, "B T N H"]:
         return rows_scaled(query, jnp.log(jnp.maximum(seen, 1)))  # a row without keys has an output of 0
@@ -288,11 +220,3 @@ class MultiHeadAttention(nnx.Module):
     def params(self) -> Params:
         """What the method trains and has drawn, as `attention.dot_product_attention` takes it."""
         return Params(trained=values(self.trained), constants=values(self.constants))
-
-    def _merged(self, heads: Float[Array, "B T N H"], tokens: Any) -> Float[Array, "B T O"]:
-        merged = heads.reshape(*heads.shape[:2], -1)
-        if self.gate is None:
-            return by_token(self.output, merged)
-        if tokens is None:
-            raise ValueError("tokens is None: expected the tokens of the queries, since the layer has a gate")
-        return by_token(self.output, merged * jax.nn.sigmoid(by_token(self.gate, tokens)))

@@ -12,7 +12,8 @@ from attention.fused.calls import described
 from attention.fused.kernels import Name, able, chosen, named
 from attention.fused.vendors import as_given
 from attention.inputs import Inputs
-from attention.method import Certificate, Cost, Method, UnsupportedError, unknown
+from attention.method import Certificate, Cost, Method, UnsupportedError
+from attention.registry import unknown
 from attention.rounding import max_over_visible, norms, sum_rounding
 
 Implementation = Literal["auto", Name]

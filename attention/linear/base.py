@@ -40,16 +40,7 @@ class Linear(Method, register=False):
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
         return engine.attend(inputs, self.feature_map(inputs), self.chunk)
 
-    def init_state(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: Any,
-        *,
-        num_heads: int | None = None,
-    ) -> LinearState:
+    def init_state(self, batch, num_kv_heads, head_dim, max_length, dtype, *, num_heads=None) -> LinearState:
         """The state before the first token, M (head_dim + 1) numbers a key head whatever `max_length` is.
 
         Where query heads of a group have temperatures of their own, the first `extend` gives each its own sums.
@@ -58,36 +49,12 @@ class Linear(Method, register=False):
         dtype = jnp.promote_types(dtype, jnp.float32)
         return LinearState.empty(batch, num_kv_heads, 1, self.num_features(head_dim), head_dim, dtype)
 
-    def extend(
-        self,
-        state: LinearState,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        scale: Any = None,
-        temperature: Any = 1.0,
-        logits_soft_cap: Any = None,
-        local_window_size: Any = None,
-        params: Any = None,
-        rng: Any = None,
-    ) -> tuple[LinearState, Array]:
+    def extend(self, state: LinearState, query, key, value, **options: Any) -> tuple[LinearState, Array]:
         """As `Method.extend`. `scale`, `temperature`, `params` and `rng` must be those of the earlier calls.
 
         The state holds features, not keys, so what made the features cannot change on the way.
         """
-        inputs = prepare_tokens(
-            self,
-            query,
-            key,
-            value,
-            scale=scale,
-            temperature=temperature,
-            logits_soft_cap=logits_soft_cap,
-            local_window_size=local_window_size,
-            params=params,
-            rng=rng,
-        )
+        inputs = prepare_tokens(self, query, key, value, **options)
         longer, output = _extended(state, inputs, method=self)
         return longer, ungrouped(output, query).astype(query.dtype)
 

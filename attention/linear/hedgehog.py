@@ -65,19 +65,6 @@ class Hedgehog(Linear):
         none = jnp.zeros((num_heads, head_dim))
         return Params(trained={"query_map": same, "query_bias": none, "key_map": same, "key_bias": none})
 
-    def init_state(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: Any,
-        *,
-        num_heads: int | None = None,
-    ):
-        """As `Linear.init_state`; the first `extend` gives each query head of a group its own sums."""
-        return super().init_state(batch, num_kv_heads, head_dim, max_length, dtype, num_heads=num_heads)
-
     def feature_map(self, inputs: Inputs) -> FeatureMap:
         _, K, G, _, H = inputs.query.shape
         params = inputs.params

@@ -111,16 +111,7 @@ class Taylor(Linear):
             error_bound=bound, dropped_mass=jnp.zeros_like(bound), work=one, kind="deterministic"
         )
 
-    def init_state(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: Any,
-        *,
-        num_heads: int | None = None,
-    ) -> Any:
+    def init_state(self, batch, num_kv_heads, head_dim, max_length, dtype, *, num_heads=None) -> Any:
         """A `TaylorState`: as `Linear.init_state`, and two keys a head more."""
         sums = super().init_state(batch, num_kv_heads, head_dim, max_length, dtype, num_heads=num_heads)
         nothing = jnp.zeros((batch, num_kv_heads, head_dim), sums.sums.dtype)

@@ -18,7 +18,7 @@ from attention.rounding import calm_limit
 from attention.sparse.gathered import attend
 from attention.sparse.odds import odds_certificate, odds_of_the_rest
 from attention.sparse.pages import Pages, paged
-from attention.sparse.rows import joined, starts
+from attention.tiles import Tiles
 
 PAGE = 64  # keys in a page, whose bounds certify what was not read
 UNBOUNDED = 2**28  # positions: further than any two are apart, and small enough for sums of a few in 32 bits
@@ -76,8 +76,8 @@ class Banded(Cached, register=False):
             own = jax.tree.map(lambda x: x[n // K, n % K], (pages, limit))
             if R == T:
                 return self._tile(part, *own, 0, R)
-            tiles = lax.map(jax.checkpoint(lambda row: self._tile(part, *own, row, R)), starts(T, R))
-            return jax.tree.map(lambda x: joined(x, T), tiles)
+            tiles = lax.map(jax.checkpoint(lambda row: self._tile(part, *own, row, R)), Tiles(T, R).starts)
+            return jax.tree.map(lambda x: Tiles(T, R).join(x, 1), tiles)
 
         found = lax.map(head, jnp.arange(B * K))
         return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), found)

@@ -1,7 +1,6 @@
 """Softmax attention over the pages of keys whose bounds are the largest, with a window and sinks beside them."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,16 +93,7 @@ class BlockTopK(Paged):
         output, odds, read, _ = self._over_heads(inputs, self._pages(inputs), certified=True)
         return output, odds_certificate(inputs, odds, read.mean())
 
-    def init_state(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: Any,
-        *,
-        num_heads: int | None = None,
-    ) -> PagedCache:
+    def init_state(self, batch, num_kv_heads, head_dim, max_length, dtype, *, num_heads=None) -> PagedCache:
         groups = (num_heads or num_kv_heads) // num_kv_heads
         sizes = batch, num_kv_heads, groups, head_dim, max_length, self.block_size, self.blocks
         return PagedCache.empty(*sizes, dtype)

@@ -11,7 +11,7 @@ from attention.exponential import finite, smooth_power, unit
 from attention.logits import soft_capped
 from attention.rounding import CALM, product
 from attention.sparse.online import across
-from attention.sparse.rows import divisor
+from attention.tiles import divisor
 
 FEW = 4  # rows that read keys and values as they lie
 CHUNK = 64  # keys of a product of these

@@ -112,16 +112,7 @@ class Hashed(Method):
         bound = jnp.where(some | (certificate.error_bound == 0), certificate.error_bound, jnp.inf)
         return output, dataclasses.replace(certificate, error_bound=bound)
 
-    def init_state(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: Any,
-        *,
-        num_heads: int | None = None,
-    ) -> HashedCache:
+    def init_state(self, batch, num_kv_heads, head_dim, max_length, dtype, *, num_heads=None) -> HashedCache:
         del num_heads
         return HashedCache.empty(batch, num_kv_heads, head_dim, max_length, self.rounds, dtype)
 

@@ -1,21 +1,10 @@
-"""Cutting queries into tiles of one size, the last moved back to end with the last query, and pages into blocks."""
+"""Rows that tiles have computed, cut to those that were asked for; and pages in blocks."""
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-
-def starts(T: int, R: int) -> Int[Array, " n"]:
-    """The first query of each tile of R."""
-    return jnp.minimum(jnp.arange(0, T, R), T - R)
-
-
-def joined(tiles: Array, T: int) -> Array:
-    """From `n G R ...`, the tiles at `starts`, to `G T ...`."""
-    tiles = jnp.moveaxis(tiles, 1, 0)
-    G, count, R = tiles.shape[:3]
-    before = tiles[:, :-1].reshape(G, (count - 1) * R, *tiles.shape[3:])
-    return jnp.concatenate([before, tiles[:, -1, count * R - T :]], axis=1)
+from attention.tiles import divisor
 
 
 def aligned(tiles: Array, shift, T: int) -> Array:
@@ -27,9 +16,4 @@ def aligned(tiles: Array, shift, T: int) -> Array:
 
 def block(pages: int, page: int, keys: int) -> int:
     """The most keys, up to `keys` but at least a page, that are whole pages and of which all `pages` are a multiple."""
-    return page * divisor(pages, max(1, keys // page))
-
-
-def divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is no more than another."""
-    return max(n for n in range(1, number + 1) if number % n == 0 and n <= most)
+    return page * divisor(pages, keys // page)

@@ -16,7 +16,7 @@ from attention.masks import Mask
 from attention.sparse.gathered import attend
 from attention.sparse.odds import odds_of_the_rest
 from attention.sparse.pages import Pages, box_bound
-from attention.sparse.rows import joined
+from attention.sparse.rows import aligned
 
 
 class Selection(NamedTuple):
@@ -98,7 +98,7 @@ def chosen_tiles(
         return (found.output, against), exists.sum() / P, chosen
 
     found, share, chosen = lax.map(jax.checkpoint(tile), jnp.arange(count)) if count > 1 else _stacked(tile(0))
-    output, against = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(joined(x, count * R), shift, T, axis=1)[0], found)
+    output, against = jax.tree.map(lambda x: aligned(x, shift, T)[0], found)
     return output, against, share, lax.dynamic_index_in_dim(chosen, (shift + T - 1) // R, keepdims=False)
 
 

@@ -14,8 +14,8 @@ from attention.exact import Exact, softmax, weighted_values
 from attention.inputs import Inputs
 from attention.method import Certificate, Cost, check_positive
 from attention.sparse.bounds import sparse_certificate, tail_share
-from attention.sparse.rows import joined, starts
 from attention.sparse.threshold import kth_largest
+from attention.tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class TopK(Cached):
                 logits = own.masked_scores(row, C, 0, S)
                 return rows(logits, kth_largest(logits, self.k), own.value)
 
-            chunks = lax.map(jax.checkpoint(chunk), starts(T, C))
-            return jax.tree.map(lambda x: joined(x[:, 0, 0], T), chunks)
+            chunks = lax.map(jax.checkpoint(chunk), Tiles(T, C).starts)
+            return jax.tree.map(lambda x: Tiles(T, C).join(x[:, 0, 0], 1), chunks)
 
         return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), lax.map(head, jnp.arange(B * K)))
 

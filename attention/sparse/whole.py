@@ -13,8 +13,8 @@ from attention.masks import slice_or_keep
 from attention.rounding import product
 from attention.sparse.online import across, added, begun, finished
 from attention.sparse.plan import Limits
-from attention.sparse.rows import joined, starts
 from attention.sparse.visible import visible_pages
+from attention.tiles import Tiles
 
 ROWS = 1024  # of a tile, over all heads that share their keys
 BLOCK = 512  # keys of a product
@@ -52,8 +52,8 @@ def attended(part: Inputs, own: Limits, block: int) -> tuple[Float[Array, "G T E
         output, _ = finished(found)
         return output.reshape(G, R, -1), some.sum().astype(dtype) * (block * G * R)
 
-    output, pairs = lax.map(tile, starts(T, R))
-    return joined(output, T), pairs.sum()
+    output, pairs = lax.map(tile, Tiles(T, R).starts)
+    return Tiles(T, R).join(output, 1), pairs.sum()
 
 
 def defined(part: Inputs, rows: int) -> Float[Array, "G T E"]:
@@ -63,8 +63,8 @@ def defined(part: Inputs, rows: int) -> Float[Array, "G T E"]:
         weights = softmax(part.masked_scores(row, rows, 0, part.mask.num_keys)[0, 0])
         return product("GTS,SE->GTE", weights, part.value[0, 0].astype(weights.dtype))
 
-    T = part.mask.num_queries
-    return joined(lax.map(jax.checkpoint(tile), jnp.arange(0, T, rows)), T)
+    tiles = Tiles(part.mask.num_queries, rows)
+    return tiles.join(lax.map(jax.checkpoint(tile), tiles.starts), 1)
 
 
 def _logits(part: Inputs, query: Float[Array, "H N"], row, rows: int, col, cols: int) -> Float[Array, "C N"]:

@@ -96,7 +96,7 @@ def certificate_failures(method: Method, seed: int, dtype, causal: bool, *, B: i
 def certificates_hold(method: Method) -> None:
     errors, bounds, kinds = [], [], set()
     # A bound that the entry point fills in, since there is none, is the same for all problems.
-    draws = CASES // 16 if type(method).certify is not Method.certify else len(PRECISIONS)
+    draws = CASES // 16 if type(method).certify is not Method.certify else 1
     for seed in range(draws):
         dtype, causal = PRECISIONS[seed % len(PRECISIONS)]
         causal = causal and method.capabilities.causal

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.api import dot_product_attention
-from attention.method import METHODS, Method, UnsupportedError, parse_method
+from attention.expressions import parse_method
+from attention.method import METHODS, Method, UnsupportedError
 from attention.testing.cases import PRECISIONS, SAME, Case, call, draw, params_for, run
 from attention.testing.law import counted_compilations, expect, expect_bitwise, expect_same, law
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention.chunked.sizes import AREA, BANDED_AREA, chosen, even
-from attention.chunked.tiles import Tiles, span
+from attention.chunked.spans import span
 from attention.masks import Mask
+from attention.tiles import Tiles
 
 AXES = [(1, 1), (7, 1), (7, 7), (7, 3), (12, 4), (13, 8)]
 
