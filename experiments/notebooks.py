@@ -48,7 +48,9 @@ def executed(text: Path) -> NotebookNode:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
     # On a busy machine a kernel starts late and its outputs come late: they must not be given up in silence.
     patience: Any = {"startup_timeout": SECONDS_A_CELL, "iopub_timeout": SECONDS_A_CELL, "raise_on_iopub_timeout": True}
-    client = NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name="python3", record_timing=False, **patience)
+    # What a cell prints comes in pieces that depend on the load; joined, the same text gives the same outputs.
+    written: Any = {"record_timing": False, "coalesce_streams": True}
+    client = NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name="python3", **written, **patience)
     client.execute(cwd=str(ROOT), env=environment)
     notebook.metadata = _metadata(notebook)
     for cell in notebook.cells:
