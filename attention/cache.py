@@ -93,7 +93,9 @@ class Cached(Method, register=False):
         del num_heads
         return KeyValueCache.empty(batch, num_kv_heads, head_dim, max_length, dtype)
 
-    def extend(self, state: KeyValueCache, query, key, value, **options: Any) -> tuple[KeyValueCache, Array]:
+    def extend(
+        self, state: KeyValueCache, query: Array, key: Array, value: Array, **options: Any
+    ) -> tuple[KeyValueCache, Array]:
         new = prepare_tokens(self, query, key, value, **options)
         longer = state.append(*(jnp.swapaxes(x, 1, 2) for x in (new.key, new.value)))
         mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)

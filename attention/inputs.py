@@ -168,14 +168,24 @@ def prepare_tokens(
     params=None,
     rng=None,
 ) -> Inputs:
-    """`prepare` for T new tokens of a causal sequence, as many queries as keys, with the options of `Method.extend`.
+    """`prepare` for T new tokens of a causal sequence, as many queries as keys, with the options that `extend` takes.
 
     Raises:
-        As `prepare`; ValueError also where the numbers differ.
+        As `prepare`; ValueError also where the numbers differ, TypeError for an option that a state could not keep.
     """
-    beta: dict[str, Any] = {"scale": scale, "temperature": temperature, "logits_soft_cap": logits_soft_cap}
-    others: dict[str, Any] = {"local_window_size": local_window_size, "params": params, "rng": rng}
-    inputs = prepare(method, query, key, value, is_causal=True, **beta, **others)
+    inputs = prepare(
+        method,
+        query,
+        key,
+        value,
+        is_causal=True,
+        scale=scale,
+        temperature=temperature,
+        logits_soft_cap=logits_soft_cap,
+        local_window_size=local_window_size,
+        params=params,
+        rng=rng,
+    )
     if inputs.mask.num_queries != inputs.mask.num_keys:
         counts = f"{inputs.mask.num_queries} queries and {inputs.mask.num_keys} keys"
         raise ValueError(f"extend: query and key have {counts}; expected as many of both")

@@ -65,7 +65,7 @@ def test_library_needs_jax_and_jaxtyping_only(path):
     allowed = {"jax", "jaxtyping", "numpy"}  # numpy is jax's own dependency
     if "flax" in path.relative_to(ROOT / "attention").parts:
         allowed |= {"flax"}
-    if "fused" in path.parts or path.name == "fused.py":
+    if "fused" in path.parts:
         allowed |= {"tokamax", "absl"}  # absl is tokamax's own dependency
     assert outside <= allowed
 

@@ -23,6 +23,7 @@ from attention.chunked.linear_map import LinearMap, apply
 from attention.chunked.online import attend
 from attention.chunked.sizes import Tiling
 from attention.chunked.spans import banded, span
+from attention.exact import weighted_values
 from attention.inputs import Inputs, emptied
 from attention.masks import slice_or_keep
 from attention.tiles import Tiles
@@ -115,10 +116,10 @@ def _query_tile(head: Inputs, output, residual, queries: Tiles, keys: Tiles, i, 
         weights, change = _weights(tile, level, seen & keys.owned(j).reshape(1, 1, 1, 1, -1), tangents)
         if change is not None:
             change = weights * change
-            weighted += _times(change, tile.value)
+            weighted += weighted_values(change, tile.value)
             moved += change.sum(-1)
         if "value" in tangents:
-            weighted += _times(weights, tangents["value"])
+            weighted += weighted_values(weights, tangents["value"])
         return weighted, moved
 
     def step(carry, tile):
@@ -158,10 +159,6 @@ def _weights(tile: Inputs, level, seen, tangents: Tangents):
         return jnp.exp(logits({}) - level[..., None]), None
     at, change = jax.jvp(logits, ({name: getattr(tile, name) for name in moving},), (moving,))
     return jnp.exp(at - level[..., None]), change
-
-
-def _times(weights, value):
-    return jnp.einsum("BKGTS,BKSE->BKGTE", weights, value.astype(weights.dtype), precision=lax.Precision.HIGHEST)
 
 
 def _told_apart(tangents: Tangents, axes: dict[str, int], tiles: Tiles) -> tuple[Tangents, Tangents]:

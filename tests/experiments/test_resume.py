@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,11 +127,19 @@ def damage_digest(step):
     path.write_text(path.read_text().replace("a", "b").replace("shb256", "sha256"))
 
 
-@pytest.mark.parametrize("damage", [damage_all, damage_arrays, damage_position, damage_digest])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny, reference, damage):
-    run, views = tiny(), []
+@pytest.fixture(scope="module")
+def interrupted(text, make_small, tmp_path_factory):
+    """The folder of a run that was stopped after step 21."""
+    run = make_small(text, tmp_path_factory.mktemp("interrupted"))()
     with pytest.raises(Interrupted):
-        train(run, view=viewer(20, lambda: os.kill(os.getpid(), signal.SIGTERM), views))
+        train(run, view=viewer(20, lambda: os.kill(os.getpid(), signal.SIGTERM), []))
+    return run.folder
+
+
+@pytest.mark.parametrize("damage", [damage_all, damage_arrays, damage_position, damage_digest])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny, reference, interrupted, damage):
+    run, views = tiny(), []
+    shutil.copytree(interrupted, run.folder)
     folder = run.folder / "run" / "checkpoints"
     assert sorted(int(path.name) for path in folder.iterdir()) == [7, 14, 21]
     damage(folder / "21")
@@ -199,7 +208,7 @@ def killed(run, lines):
     )
     try:
         while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
-            time.sleep(0.001)
+            time.sleep(0.005)
     finally:
         process.kill()
     code = process.wait()

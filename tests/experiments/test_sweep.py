@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 
 import attention
-from experiments import campaign, programs
+from experiments import campaign, programs, report
 from experiments.axes import axis, product
 from experiments.campaign import execute, make_plan
 from experiments.config import Data, Model, Optimizer, Run
 from experiments.files import write_json
 from experiments.population import train_together
 from experiments.presets import Sweep, load_preset, preset_names
-from experiments.report import load_results, write_report
+from experiments.report import load_results
 from experiments.sweep import main, read_command
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +162,8 @@ sweep.main(sys.argv[1:])
 """
 
 
-def test_a_killed_sweep_goes_on_and_ends_the_same(text, tmp_path):
+def test_a_killed_sweep_goes_on_and_ends_the_same(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FIGURES", {})  # which are drawn from the results that are compared
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     dying = [sys.executable, "-c", KILLED_AFTER_A_POINT, *command(text, killed)[3:]]
     assert subprocess.run(dying, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
@@ -263,7 +264,7 @@ def test_a_point_that_diverges_is_a_result(text, tmp_path):
     assert 0 <= diverged["diverged_at"] <= 6
     assert diverged["diverged_in"]
     assert all(np.isfinite(diverged["losses"]))
-    assert write_report(tmp_path / "tiny", results).exists()
+    assert report.write_report(tmp_path / "tiny", results).exists()
 
 
 def test_results_say_what_is_needed_to_run_again(square):
