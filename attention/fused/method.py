@@ -121,9 +121,10 @@ class Fused(Cached):
         kernel = named(self.implementation, call.backend)
         if (call.backend, call.dtype) not in kernel.certified:
             return output, None
-        # As `Chunked`: exponents of rescalings telescope, and a term passes through the sum of its tile and the tiles'.
+        # As `Chunked`, but that the level that exponentials are relative to may lag behind the maximum: two rescalings more.
         tiles = -(-call.keys // kernel.tile) + 1 if kernel.tile else 0
-        certificate = exact_certificate(inputs, rescalings=tiles, depth=kernel.tile + tiles if tiles else None)
+        rescalings, depth = (tiles + 2, kernel.tile + tiles) if tiles else (0, None)
+        certificate = exact_certificate(inputs, rescalings=rescalings, depth=depth)
         return output, dataclasses.replace(certificate, error_bound=certificate.error_bound + weights_bound(inputs))
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:

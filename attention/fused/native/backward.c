@@ -40,8 +40,8 @@ INLINE void add_product(float *to, int64_t width, int64_t count, const float *a,
   for (int64_t e = 0; e < width; e += PANEL)
     for (int64_t n = 0; n < count; n += ROWS) {
       product(block, depth, a + n * row, row, step, b + e, width);
-      for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLUMNS; j++) {
+      UNROLLED for (int i = 0; i < ROWS; i++)
+        UNROLLED for (int j = 0; j < COLUMNS; j++) {
           float *at = to + (n + i) * width + e + j * LANES;
           store(at, load(at) + block[i][j]);
         }
@@ -54,17 +54,17 @@ static void step(const problem *p, const room *r, int64_t panel, int64_t b, int6
   const float *queries = r->queries + row * H, *d_outputs = r->d_outputs + row * E;
   vec block[ROWS][COLUMNS], level[COLUMNS], offset[COLUMNS];
 
-  for (int j = 0; j < COLUMNS; j++)
+  UNROLLED for (int j = 0; j < COLUMNS; j++)
     level[j] = load(r->levels + row + j * LANES), offset[j] = load(r->offsets + row + j * LANES);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     product(block, H, r->keys + key * wide_h, wide_h, 1, queries, PANEL);
     if (keys.masked) hide(p, r->sights + panel, b, start + key, block);
-    for (int i = 0; i < ROWS; i++)
-      for (int j = 0; j < COLUMNS; j++)
+    UNROLLED for (int i = 0; i < ROWS; i++)
+      UNROLLED for (int j = 0; j < COLUMNS; j++)
         store(r->weights + (key + i) * PANEL + j * LANES, power(block[i][j] - level[j]));
     product(block, E, r->values + key * wide_e, wide_e, 1, d_outputs, PANEL);
-    for (int i = 0; i < ROWS; i++)
-      for (int j = 0; j < COLUMNS; j++) {
+    UNROLLED for (int i = 0; i < ROWS; i++)
+      UNROLLED for (int j = 0; j < COLUMNS; j++) {
         int64_t at = (key + i) * PANEL + j * LANES;
         store(r->changes + at, load(r->weights + at) * (block[i][j] + offset[j]));
       }

@@ -6,6 +6,8 @@
 
 #include "sight.h"
 
+#define LINE 64 /* bytes of a cache */
+
 /* `rows` rows of `size` numbers, `stride` apart, one behind the other with zeros up to `width`; zeros up to `all`. */
 INLINE void pack_rows(float *to, int64_t width, int64_t all, const float *from, int64_t stride, int64_t rows,
                       int64_t size) {
@@ -14,6 +16,11 @@ INLINE void pack_rows(float *to, int64_t width, int64_t all, const float *from, 
     memset(to + r * width + size, 0, (width - size) * sizeof(float));
   }
   if (rows < all) memset(to + rows * width, 0, (all - rows) * width * sizeof(float));
+}
+
+/* Asks for a row that will be packed, for the second-level cache: far apart in memory, rows are not foreseen. */
+INLINE void ask(const float *row, int64_t size) {
+  for (int64_t i = 0; i < size; i += LINE / sizeof(float)) __builtin_prefetch(row + i, 0, 2);
 }
 
 /* A tile of keys or values of which rows [first, first + count) are read, and all others in [0, KEYS) are zero. */
@@ -34,6 +41,20 @@ INLINE void pack_upright(float *to, const float *from, int64_t stride, int64_t r
   for (int64_t h = 0; h < size; h += LANES)
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = h; i < least(h + LANES, size); i++) to[i * PANEL + r] = factor * from[r * stride + i];
+}
+
+/* A tile of keys from `start` on, of those below `end`, and how many panels pass over it. */
+typedef struct {
+  int64_t b, k, start, end, panels;
+} tile;
+
+/* Asks for the part of the next tile that falls to the block of keys from `key` on of a panel's pass over this one. */
+INLINE void ask_ahead(const problem *p, const tile *t, int64_t panel, int64_t key) {
+  for (int64_t i = panel; i < ROWS && t->start + KEYS + key + i < t->end; i += t->panels) {
+    int64_t s = t->start + KEYS + key + i;
+    ask(p->key + at_key(p, t->b, s, t->k, p->H), p->H);
+    ask(p->value + at_key(p, t->b, s, t->k, p->E), p->E);
+  }
 }
 
 #endif

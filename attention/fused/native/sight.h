@@ -57,12 +57,24 @@ INLINE stretch stretch_of(const problem *p, const sight *s, int64_t start, const
   return (stretch){(int)begin, (int)up_to(end, ROWS), masked};
 }
 
+/* The part of a stretch that queries from `row` on of a panel see, as many as a block has rows, but for segments. */
+INLINE stretch keys_of_rows(const sight *s, int row, int64_t start, stretch keys) {
+  if (!keys.masked) return keys;
+  int64_t begin = INT32_MAX, end = 0;
+  for (int i = row; i < row + ROWS; i++) {
+    if (s->first[i] > s->last[i]) continue;
+    begin = least(begin, s->first[i]), end = most(end, (int64_t)s->last[i] + 1);
+  }
+  begin = most(begin - start, keys.begin), end = least(end - start, keys.end);
+  return (stretch){(int)least(begin, keys.end), (int)most(end, keys.begin), 1};
+}
+
 /* -inf in place of the logits of keys from `key` on that a query does not see. */
 INLINE void hide(const problem *p, const sight *s, int64_t b, int64_t key, vec logits[ROWS][COLUMNS]) {
-  for (int j = 0; j < COLUMNS; j++) {
+  UNROLLED for (int j = 0; j < COLUMNS; j++) {
     ivec first = load_integers(s->first + j * LANES), last = load_integers(s->last + j * LANES);
     ivec segment = load_integers(s->segment + j * LANES);
-    for (int i = 0; i < ROWS; i++) {
+    UNROLLED for (int i = 0; i < ROWS; i++) {
       int32_t here = (int32_t)key + i;
       ivec seen = (first <= here) & (last >= here);
       if (p->key_segments) seen &= segment == p->key_segments[b * p->S + least(here, p->S - 1)];
