@@ -23,7 +23,7 @@ typedef struct {
 
 static room room_for(const problem *p) {
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
-  const int64_t panels = p->G * (block_of(p) / PANEL), rows = panels * PANEL;
+  const int64_t panels = p->G * (block_of(p, QUERIES) / PANEL), rows = panels * PANEL;
   const int64_t sizes[] = {KEYS * wide_h,  KEYS * wide_e, KEYS * PANEL,  KEYS * PANEL,  KEYS * wide_h,
                            KEYS * wide_e,  rows * p->H,   rows * p->E,   rows * wide_h, rows * wide_e,
                            rows * wide_h,  rows,          rows,          (int64_t)(panels * sizeof(sight) + 3) / 4};
@@ -33,32 +33,33 @@ static room room_for(const problem *p) {
                 at[7], at[8], at[9], at[10], at[11], at[12], (sight *)at[13]};
 }
 
-/* to += the product of a (`count` rows of it) and b, which is `depth` by `width`. */
-INLINE void add_product(float *to, int64_t width, int64_t count, const float *a, int row, int step, const float *b,
-                        int depth) {
+/* ROWS rows of `to` += the product of a and b, which is `depth` by `width`. */
+INLINE void add_product(float *to, int64_t width, const float *a, int row, int step, const float *b, int depth) {
   vec block[ROWS][COLUMNS];
-  for (int64_t e = 0; e < width; e += PANEL)
-    for (int64_t n = 0; n < count; n += ROWS) {
-      product(block, depth, a + n * row, row, step, b + e, width);
-      UNROLLED for (int i = 0; i < ROWS; i++)
-        UNROLLED for (int j = 0; j < COLUMNS; j++) {
-          float *at = to + (n + i) * width + e + j * LANES;
-          store(at, load(at) + block[i][j]);
-        }
-    }
+  for (int64_t e = 0; e < width; e += PANEL) {
+    product(block, depth, a, row, step, b + e, width);
+    UNROLLED for (int i = 0; i < ROWS; i++)
+      UNROLLED for (int j = 0; j < COLUMNS; j++) {
+        float *at = to + i * width + e + j * LANES;
+        store(at, load(at) + block[i][j]);
+      }
+  }
 }
 
 /* One tile of keys for one panel of queries: P, dS, and what they add to the three cotangents. */
-static void step(const problem *p, const room *r, int64_t panel, int64_t b, int64_t start, stretch keys) {
+static void step(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys, float *d_keys,
+                 float *d_values) {
   const int64_t H = p->H, E = p->E, wide_h = up_to(H, PANEL), wide_e = up_to(E, PANEL), row = panel * PANEL;
   const float *queries = r->queries + row * H, *d_outputs = r->d_outputs + row * E;
+  const sight *s = r->sights + panel;
   vec block[ROWS][COLUMNS], level[COLUMNS], offset[COLUMNS];
 
   UNROLLED for (int j = 0; j < COLUMNS; j++)
     level[j] = load(r->levels + row + j * LANES), offset[j] = load(r->offsets + row + j * LANES);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
+    ask_ahead(p, t, panel, key);
     product(block, H, r->keys + key * wide_h, wide_h, 1, queries, PANEL);
-    if (keys.masked) hide(p, r->sights + panel, b, start + key, block);
+    if (keys.masked) hide(p, s, t->b, t->start + key, block);
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++)
         store(r->weights + (key + i) * PANEL + j * LANES, power(block[i][j] - level[j]));
@@ -69,13 +70,28 @@ static void step(const problem *p, const room *r, int64_t panel, int64_t b, int6
         store(r->changes + at, load(r->weights + at) * (block[i][j] + offset[j]));
       }
   }
-  const int64_t count = keys.end - keys.begin, from = keys.begin * PANEL;
-  add_product(r->d_values + keys.begin * wide_e, wide_e, count, r->weights + from, PANEL, 1,
-              r->d_output_rows + row * wide_e, PANEL);
-  add_product(r->d_keys + keys.begin * wide_h, wide_h, count, r->changes + from, PANEL, 1,
-              r->query_rows + row * wide_h, PANEL);
-  add_product(r->d_queries + row * wide_h, wide_h, PANEL, r->changes + from, 1, PANEL, r->keys + keys.begin * wide_h,
-              count);
+  for (int key = keys.begin; key < keys.end; key += ROWS) {
+    const span seeing = rows_of_keys(s, t->start + key);
+    const int from = seeing.begin, depth = seeing.end - from;
+    add_product(d_values + key * wide_e, wide_e, r->weights + key * PANEL + from, PANEL, 1,
+                r->d_output_rows + (row + from) * wide_e, depth);
+    add_product(d_keys + key * wide_h, wide_h, r->changes + key * PANEL + from, PANEL, 1,
+                r->query_rows + (row + from) * wide_h, depth);
+  }
+  for (int q = 0; q < PANEL; q += ROWS) {
+    const span seen = keys_of_rows(s, q, t->start, keys);
+    add_product(r->d_queries + (row + q) * wide_h, wide_h, r->changes + seen.begin * PANEL + q, 1, PANEL,
+                r->keys + seen.begin * wide_h, seen.end - seen.begin);
+  }
+}
+
+INLINE float dot(const float *x, const float *y, int64_t size) {
+  vec total = {0};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) total += load(x + i) * load(y + i);
+  float rest = 0;
+  for (; i < size; i++) rest += x[i] * y[i];
+  return sum(total) + rest;
 }
 
 /* The operands of a panel, and what is known of its rows; rows beyond the last have no weights. */
@@ -93,17 +109,15 @@ static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, i
     r->levels[row + i] = INFINITY, r->offsets[row + i] = 0;
     if (i >= rows) continue;
     int64_t at = at_level(p, b, k, g, t + i);
-    float product = 0;
-    for (int64_t e = 0; e < p->E; e++) product += output[i * N * p->E + e] * d_output[i * N * p->E + e];
     if (p->level[at] != -INFINITY) r->levels[row + i] = p->level[at] * LOG2E;
-    r->offsets[row + i] = p->d_level[at] - product;
+    r->offsets[row + i] = p->d_level[at] - dot(output + i * N * p->E, d_output + i * N * p->E, p->E);
   }
 }
 
 /* A block of queries: dQ whole, dK and dV added to the sums of a part. */
 static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t k, int64_t from, float *sums) {
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
-  const int64_t columns = (least(block_of(p), p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
+  const int64_t columns = (least(block_of(p, QUERIES), p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
   for (int64_t i = 0; i < panels; i++) {
     prepare(p, r, i, b, k, i / columns, from + i % columns * PANEL);
@@ -112,18 +126,23 @@ static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t
   memset(r->d_queries, 0, panels * PANEL * wide_h * sizeof(float));
   for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
     int64_t first = most(start, begin), count = least(end, start + KEYS) - first, rows = least(KEYS, p->S - start);
+    const tile here = {b, k, start, end, panels};
     int32_t range[2];
     segment_range(p, b, start, range);
     pack_tile(r->keys, wide_h, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
     pack_tile(r->values, wide_e, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
-    memset(r->d_keys, 0, KEYS * wide_h * sizeof(float));
-    memset(r->d_values, 0, KEYS * wide_e * sizeof(float));
+    float *d_keys = sums + start * wide_h, *d_values = sums + p->S * wide_h + start * wide_e;
+    if (rows < KEYS) { /* a tile that is not whole has rows beyond the sums */
+      d_keys = memset(r->d_keys, 0, KEYS * wide_h * sizeof(float));
+      d_values = memset(r->d_values, 0, KEYS * wide_e * sizeof(float));
+    }
     for (int64_t i = 0; i < panels; i++) {
       stretch keys = stretch_of(p, r->sights + i, start, range);
-      if (keys.begin < keys.end) step(p, r, i, b, start, keys);
+      if (keys.begin < keys.end) step(p, r, &here, i, keys, d_keys, d_values);
     }
-    add(sums + start * wide_h, r->d_keys, rows * wide_h);
-    add(sums + p->S * wide_h + start * wide_e, r->d_values, rows * wide_e);
+    if (rows == KEYS) continue;
+    add(sums + start * wide_h, d_keys, rows * wide_h);
+    add(sums + p->S * wide_h + start * wide_e, d_values, rows * wide_e);
   }
   for (int64_t i = 0; i < panels; i++)
     for (int64_t t = from + i % columns * PANEL, q = 0; q < least(PANEL, p->T - t); q++)
@@ -138,8 +157,8 @@ static void part(const void *context, int64_t n) {
   const int64_t head = n / p->parts, size = p->S * (up_to(p->H, PANEL) + up_to(p->E, PANEL));
   float *sums = p->partial + n * size;
   memset(sums, 0, size * sizeof(float));
-  for (int64_t block = blocks_of(p) - 1 - n % p->parts; block >= 0; block -= p->parts)
-    block_of_queries(p, &r, head / p->K, head % p->K, block * block_of(p), sums);
+  for (int64_t block = blocks_of(p, QUERIES) - 1 - n % p->parts; block >= 0; block -= p->parts)
+    block_of_queries(p, &r, head / p->K, head % p->K, block * block_of(p, QUERIES), sums);
 }
 
 /* The sums of all parts of one key head, as the caller lays them out. */

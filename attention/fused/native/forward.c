@@ -9,6 +9,7 @@
 #include "pool.h"
 #include "sight.h"
 
+#define BLOCK (2 * QUERIES) /* a query has less than half the state that it has in a backward pass */
 #define SLACK 4 /* powers of two; docs/bounds.md counts what they cost */
 
 typedef struct {
@@ -17,7 +18,7 @@ typedef struct {
 } room;
 
 static room room_for(const problem *p) {
-  int64_t width = up_to(p->E, PANEL), panels = p->G * (block_of(p) / PANEL);
+  int64_t width = up_to(p->E, PANEL), panels = p->G * (block_of(p, BLOCK) / PANEL);
   int64_t sizes[] = {KEYS * p->H, KEYS * width,   KEYS * PANEL,  panels * p->H * PANEL, panels * PANEL * width,
                      panels * PANEL, panels * PANEL, (panels * sizeof(sight) + 3) / 4};
   float *parts[8];
@@ -81,7 +82,7 @@ static void step(const problem *p, const room *r, const tile *t, int64_t panel, 
   weigh(p, r, t, panel, keys, kept);
   for (int64_t e = 0; e < width; e += PANEL)
     for (int q = 0; q < PANEL; q += ROWS) {
-      const stretch seen = keys_of_rows(r->sights + panel, q, t->start, keys);
+      const span seen = keys_of_rows(r->sights + panel, q, t->start, keys);
       vec block[ROWS][COLUMNS];
       product(block, seen.end - seen.begin, r->weights + seen.begin * PANEL + q, 1, PANEL,
               r->values + seen.begin * width + e, width);
@@ -108,9 +109,9 @@ static void finish(const problem *p, const room *r, int64_t panel, int64_t b, in
 static void item(const void *context, int64_t n) {
   const problem *p = context;
   const room r = room_for(p);
-  const int64_t size = block_of(p), width = up_to(p->E, PANEL);
+  const int64_t size = block_of(p, BLOCK), width = up_to(p->E, PANEL);
   /* The last blocks first: where causality shortens the others, the short ones fill up the end. */
-  const int64_t b = n % (p->B * p->K) / p->K, k = n % p->K, from = (blocks_of(p) - 1 - n / (p->B * p->K)) * size;
+  const int64_t b = n % (p->B * p->K) / p->K, k = n % p->K, from = (blocks_of(p, BLOCK) - 1 - n / (p->B * p->K)) * size;
   const int64_t columns = (least(size, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
 
@@ -139,5 +140,5 @@ static void item(const void *context, int64_t n) {
 }
 
 void forward(const problem *p, const threads *pool) {
-  share(pool, p->B * p->K * blocks_of(p), item, p);
+  share(pool, p->B * p->K * blocks_of(p, BLOCK), item, p);
 }

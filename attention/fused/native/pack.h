@@ -37,10 +37,16 @@ INLINE void add(float *to, const float *from, int64_t count) {
 
 /* A panel upright: `size` rows of PANEL numbers, one of each of the `rows` rows, times `factor`; zeros for the rest. */
 INLINE void pack_upright(float *to, const float *from, int64_t stride, int64_t rows, int64_t size, float factor) {
+  typedef float quad __attribute__((vector_size(16)));
+  typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));
+  const int64_t whole = rows / 4 * 4;
   if (rows < PANEL) memset(to, 0, size * PANEL * sizeof(float));
-  for (int64_t h = 0; h < size; h += LANES)
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = h; i < least(h + LANES, size); i++) to[i * PANEL + r] = factor * from[r * stride + i];
+  for (int64_t i = 0; i < size; i++) {
+    const float *at = from + i;
+    for (int64_t r = 0; r < whole; r += 4, at += 4 * stride)
+      *(loose_quad *)(to + i * PANEL + r) = factor * (quad){at[0], at[stride], at[2 * stride], at[3 * stride]};
+    for (int64_t r = whole; r < rows; r++) to[i * PANEL + r] = factor * from[r * stride + i];
+  }
 }
 
 /* A tile of keys from `start` on, of those below `end`, and how many panels pass over it. */

@@ -34,13 +34,15 @@ INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
 INLINE int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-/* Queries of a block, of each of the G heads: few where G is large, so that their state stays in a second-level cache,
+/* Queries of a block, `queries` shared by the G heads: few where G is large, so that their state stays in a second-level cache,
  * and where there would be fewer than ITEMS items to share; by the shapes alone, as the order of all sums is. */
-INLINE int64_t block_of(const problem *p) {
-  int64_t rows = up_to(most(QUERIES / p->G, 1), PANEL);
+INLINE int64_t block_of(const problem *p, int64_t queries) {
+  int64_t rows = up_to(most(queries / p->G, 1), PANEL);
   while (rows > PANEL && p->B * p->K * ((p->T + rows - 1) / rows) < ITEMS) rows = up_to(rows / 2, PANEL);
   return least(rows, up_to(p->T, PANEL));
 }
-INLINE int64_t blocks_of(const problem *p) { return (p->T + block_of(p) - 1) / block_of(p); }
+INLINE int64_t blocks_of(const problem *p, int64_t queries) {
+  return (p->T + block_of(p, queries) - 1) / block_of(p, queries);
+}
 
 #endif

@@ -21,6 +21,10 @@ typedef struct {
   int begin, end, masked;
 } stretch;
 
+typedef struct {
+  int begin, end;
+} span;
+
 INLINE sight sight_of(const problem *p, int64_t b, int64_t start) {
   sight s = {.begin = p->S, .shared_end = p->S, .least_segment = INT32_MAX, .most_segment = INT32_MIN};
   for (int i = 0; i < PANEL; i++) {
@@ -57,16 +61,24 @@ INLINE stretch stretch_of(const problem *p, const sight *s, int64_t start, const
   return (stretch){(int)begin, (int)up_to(end, ROWS), masked};
 }
 
-/* The part of a stretch that queries from `row` on of a panel see, as many as a block has rows, but for segments. */
-INLINE stretch keys_of_rows(const sight *s, int row, int64_t start, stretch keys) {
-  if (!keys.masked) return keys;
-  int64_t begin = INT32_MAX, end = 0;
+/* What of a stretch as many queries see as a block has rows, from `row` on of a panel, but for segments. */
+INLINE span keys_of_rows(const sight *s, int row, int64_t start, stretch keys) {
+  if (!keys.masked) return (span){keys.begin, keys.end};
+  int64_t begin = keys.end, end = keys.begin;
   for (int i = row; i < row + ROWS; i++) {
     if (s->first[i] > s->last[i]) continue;
-    begin = least(begin, s->first[i]), end = most(end, (int64_t)s->last[i] + 1);
+    begin = least(begin, s->first[i] - start), end = most(end, s->last[i] + 1 - start);
   }
-  begin = most(begin - start, keys.begin), end = least(end - start, keys.end);
-  return (stretch){(int)least(begin, keys.end), (int)most(end, keys.begin), 1};
+  return (span){(int)most(begin, keys.begin), (int)least(end, keys.end)};
+}
+
+/* The queries of a panel that see any of as many keys as a block has rows, but for segments; those between them too. */
+INLINE span rows_of_keys(const sight *s, int64_t key) {
+  span rows = {0, PANEL};
+  if (s->shared_begin <= key && key + ROWS <= s->shared_end) return rows;
+  while (rows.begin < rows.end && (s->first[rows.begin] >= key + ROWS || s->last[rows.begin] < key)) rows.begin++;
+  while (rows.begin < rows.end && (s->first[rows.end - 1] >= key + ROWS || s->last[rows.end - 1] < key)) rows.end--;
+  return rows;
 }
 
 /* -inf in place of the logits of keys from `key` on that a query does not see. */
