@@ -115,8 +115,8 @@ static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, i
 }
 
 /* A block of queries: dQ whole, dK and dV added to the sums of a part. */
-static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t k, int64_t from, float *sums) {
-  const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
+static void block_of_queries(const problem *p, const room *r, place at, place next, float *sums) {
+  const int64_t b = at.b, k = at.k, from = at.from, wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
   const int64_t columns = (least(block_of(p, QUERIES), p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
   for (int64_t i = 0; i < panels; i++) {
@@ -137,6 +137,7 @@ static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t
       d_values = memset(r->d_values, 0, KEYS * wide_e * sizeof(float));
     }
     for (int64_t i = 0; i < panels; i++) {
+      if (start + KEYS >= end) ask_for(p, next, columns, i);
       stretch keys = stretch_of(p, r->sights + i, start, range);
       if (keys.begin < keys.end) step(p, r, &here, i, keys, d_keys, d_values);
     }
@@ -148,17 +149,6 @@ static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t
     for (int64_t t = from + i % columns * PANEL, q = 0; q < least(PANEL, p->T - t); q++)
       memcpy(p->d_query + at_query(p, b, t + q, k, i / columns, p->H), r->d_queries + (i * PANEL + q) * wide_h,
              p->H * sizeof(float));
-}
-
-/* Part n % parts of one key head: every `parts`th block of queries, the last ones first. */
-static void part(const void *context, int64_t n) {
-  const problem *p = context;
-  const room r = room_for(p);
-  const int64_t head = n / p->parts, size = p->S * (up_to(p->H, PANEL) + up_to(p->E, PANEL));
-  float *sums = p->partial + n * size;
-  memset(sums, 0, size * sizeof(float));
-  for (int64_t block = blocks_of(p, QUERIES) - 1 - n % p->parts; block >= 0; block -= p->parts)
-    block_of_queries(p, &r, head / p->K, head % p->K, block * block_of(p, QUERIES), sums);
 }
 
 /* The sums of all parts of one key head, as the caller lays them out. */
@@ -174,7 +164,27 @@ static void gather(const void *context, int64_t head) {
   }
 }
 
-void backward(const problem *p, const threads *pool) {
-  share(pool, p->B * p->K * p->parts, part, p);
-  share(pool, p->B * p->K, gather, p);
+/* Part n % parts of one key head: every `parts`th block of queries, the last ones first. */
+static void part(const void *context, int64_t n) {
+  const problem *p = context;
+  const room r = room_for(p);
+  const int64_t rows = block_of(p, QUERIES), last = blocks_of(p, QUERIES) - 1, later = n + p->threads;
+  const int64_t head = n / p->parts, b = head / p->K, k = head % p->K;
+  const int64_t size = p->S * (up_to(p->H, PANEL) + up_to(p->E, PANEL));
+  float *sums = p->partial + n * size;
+  memset(sums, 0, size * sizeof(float));
+  for (int64_t block = last - n % p->parts; block >= 0; block -= p->parts) {
+    place next = {b, k, (block - p->parts) * rows};
+    if (block < p->parts)
+      next = (place){later / p->parts / p->K, later / p->parts % p->K, most(last - later % p->parts, 0) * rows};
+    block_of_queries(p, &r, (place){b, k, block * rows}, next, sums);
+  }
+  if (p->parts == 1) gather(p, head); /* while they are at hand */
+}
+
+void backward(const problem *given, const threads *pool) {
+  problem p = *given;
+  p.threads = pool_size(pool);
+  share(pool, p.B * p.K * p.parts, part, &p);
+  if (p.parts > 1) share(pool, p.B * p.K, gather, &p);
 }

@@ -99,19 +99,25 @@ static void finish(const problem *p, const room *r, int64_t panel, int64_t b, in
   const int64_t width = up_to(p->E, PANEL);
   for (int64_t i = 0; i < least(PANEL, p->T - t); i++) {
     float sum = r->sums[panel * PANEL + i], level = r->levels[panel * PANEL + i];
-    float *row = r->outputs + (panel * PANEL + i) * width, whole = sum == 0 ? 1 : sum;
-    for (int64_t e = 0; e < width; e += LANES) store(row + e, load(row + e) / fill(whole));
+    float *row = r->outputs + (panel * PANEL + i) * width, share = sum == 0 ? 0 : 1 / sum;
+    for (int64_t e = 0; e < width; e += LANES) store(row + e, load(row + e) * share);
     memcpy(p->output + at_query(p, b, t + i, k, g, p->E), row, p->E * sizeof(float));
     p->level[at_level(p, b, k, g, t + i)] = sum == 0 ? -INFINITY : logf(sum) + level * LN2;
   }
 }
 
+/* The last blocks first: where causality shortens the others, the short ones fill up the end. */
+static place place_of(const problem *p, int64_t n) {
+  const int64_t blocks = blocks_of(p, BLOCK), heads = p->B * p->K;
+  if (n >= heads * blocks) return (place){p->B};
+  return (place){n % heads / p->K, n % p->K, (blocks - 1 - n / heads) * block_of(p, BLOCK)};
+}
+
 static void item(const void *context, int64_t n) {
   const problem *p = context;
   const room r = room_for(p);
-  const int64_t size = block_of(p, BLOCK), width = up_to(p->E, PANEL);
-  /* The last blocks first: where causality shortens the others, the short ones fill up the end. */
-  const int64_t b = n % (p->B * p->K) / p->K, k = n % p->K, from = (blocks_of(p, BLOCK) - 1 - n / (p->B * p->K)) * size;
+  const place at = place_of(p, n), next = place_of(p, n + p->threads);
+  const int64_t size = block_of(p, BLOCK), width = up_to(p->E, PANEL), b = at.b, k = at.k, from = at.from;
   const int64_t columns = (least(size, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
 
@@ -132,6 +138,7 @@ static void item(const void *context, int64_t n) {
     pack_tile(r.keys, p->H, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
     pack_tile(r.values, width, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
     for (int64_t i = 0; i < panels; i++) {
+      if (start + KEYS >= end) ask_for(p, next, columns, i);
       stretch keys = stretch_of(p, r.sights + i, start, range);
       if (keys.begin < keys.end) step(p, &r, &here, i, keys);
     }
@@ -139,6 +146,8 @@ static void item(const void *context, int64_t n) {
   for (int64_t i = 0; i < panels; i++) finish(p, &r, i, b, k, i / columns, from + i % columns * PANEL);
 }
 
-void forward(const problem *p, const threads *pool) {
-  share(pool, p->B * p->K * blocks_of(p, BLOCK), item, p);
+void forward(const problem *given, const threads *pool) {
+  problem p = *given;
+  p.threads = pool_size(pool);
+  share(pool, p.B * p.K * blocks_of(&p, BLOCK), item, &p);
 }

@@ -63,4 +63,25 @@ INLINE void ask_ahead(const problem *p, const tile *t, int64_t panel, int64_t ke
   }
 }
 
+/* A block of queries, from `from` on, of a key head; none where there is no such batch. */
+typedef struct {
+  int64_t b, k, from;
+} place;
+
+/* Asks for what a thread's next block begins with: the rows of its panel i, and as many of its first tile. */
+INLINE void ask_for(const problem *p, place next, int64_t columns, int64_t i) {
+  if (next.b >= p->B) return;
+  const int64_t t = next.from + i % columns * PANEL, s = p->first[next.b * p->T + next.from] / KEYS * KEYS + i * PANEL;
+  for (int64_t n = 0; n < PANEL && t + n < p->T; n++) {
+    ask(p->query + at_query(p, next.b, t + n, next.k, i / columns, p->H), p->H);
+    if (!p->d_output) continue;
+    ask(p->output + at_query(p, next.b, t + n, next.k, i / columns, p->E), p->E);
+    ask(p->d_output + at_query(p, next.b, t + n, next.k, i / columns, p->E), p->E);
+  }
+  for (int64_t n = 0; n < PANEL && i * PANEL < KEYS && s + n < p->S; n++) {
+    ask(p->key + at_key(p, next.b, s + n, next.k, p->H), p->H);
+    ask(p->value + at_key(p, next.b, s + n, next.k, p->E), p->E);
+  }
+}
+
 #endif

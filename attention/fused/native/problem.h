@@ -18,7 +18,7 @@ typedef struct {
   float *output, *level;
   const float *d_output, *d_level; /* the cotangents, in a backward pass */
   float *d_query, *d_key, *d_value, *partial;
-  int64_t parts;
+  int64_t parts, threads; /* of dK and dV; that share the items */
 } problem;
 
 INLINE int64_t at_query(const problem *p, int64_t b, int64_t t, int64_t k, int64_t g, int64_t size) {
