@@ -124,6 +124,19 @@ def test_what_is_not_a_number_is_seen():
         assert np.all(np.isfinite(output[1]))
 
 
+def test_the_level_of_exponentials_follows_logits_that_rise():
+    """By less than it may lag behind in all 300 keys, by as much in every few blocks, and by more in each."""
+    case = draw(87, B=3, T=12, S=300, H=8, N=1, K=1).astype(jnp.float32)
+    rise = np.array([0.005, 0.1, 1.0])[:, None] * np.arange(300)
+    key = np.zeros(case.key.shape, np.float32)
+    key[:, :, 0, 0] = rise
+    case = Case(jnp.ones_like(case.query), jnp.asarray(key), case.value)
+    output = attention.dot_product_attention(*case, method=NATIVE, scale=1.0)
+    expected, _ = oracle(*case, scale=1.0)
+    error = np.linalg.norm(np.asarray(output) - expected, axis=-1)
+    assert np.all(error <= rounding(NATIVE, case, scale=1.0))
+
+
 def test_the_residual_has_a_gradient():
     """That of log(sum(exp(q.k))) by q is the output whose values are the keys; its rounding is theirs."""
     case = draw(85, T=9).astype(jnp.float32)
