@@ -121,7 +121,7 @@ class Fused(Cached):
         kernel = named(self.implementation, call.backend)
         if (call.backend, call.dtype) not in kernel.certified:
             return output, None
-        # As `Chunked`, but that the level that exponentials are relative to may lag behind the maximum: two rescalings more.
+        # As `Chunked`, but that the level of exponentials may lag behind the maximum: two rescalings more.
         tiles = -(-call.keys // kernel.tile) + 1 if kernel.tile else 0
         rescalings, depth = (tiles + 2, kernel.tile + tiles) if tiles else (0, None)
         certificate = exact_certificate(inputs, rescalings=rescalings, depth=depth)
