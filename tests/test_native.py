@@ -124,6 +124,18 @@ def test_what_is_not_a_number_is_seen():
         assert np.all(np.isfinite(output[1]))
 
 
+@pytest.mark.parametrize("T", [1, 12])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_numbers_of_16_bits_are_read_as_they_are(T, dtype):
+    """All of them: the value of a row's only key is its output. Below 2**-126 float32 may count them as 0."""
+    every = np.arange(2**16).astype(np.uint16).view(dtype).reshape(64, 1, 1, 1024)
+    ones = np.ones((64, 1, 1, 1024), dtype)
+    output = jax.jit(NATIVE.attend)(prepare(NATIVE, np.repeat(ones[..., :8], T, axis=1), ones[..., :8], every))
+    expected = every.astype(np.float32)
+    expected = np.where(np.abs(expected) < np.finfo(np.float32).tiny, 0, expected)
+    np.testing.assert_array_equal(output[:, 0, 0], np.repeat(expected[:, :, 0], T, axis=1))
+
+
 def test_the_residual_has_a_gradient():
     """That of log(sum(exp(q.k))) by q is the output whose values are the keys; its rounding is theirs."""
     case = draw(85, T=9).astype(jnp.float32)

@@ -189,13 +189,22 @@ def test_no_error_is_above_its_bound(index, record_property):
 
 
 # Few and many queries, in one panel and in more; keys of a tile with its neighbours; all masks that it takes.
-NATIVE = ((1, KEYS - 1, 2), (8, KEYS + 1, 5), (65, 257, 4), (33, 131, 3))
+NATIVE = (
+    (1, KEYS - 1, 2, "float32"),
+    (8, KEYS + 1, 5, "float32"),
+    (65, 257, 4, "float32"),
+    (33, 131, 3, "float32"),
+    (3, KEYS + 1, 1, "bfloat16"),
+    (33, 131, 5, "bfloat16"),
+    (2, 37, 3, "float16"),
+    (65, 257, 4, "float16"),
+)
 
 
-@pytest.mark.parametrize(("T", "S", "form"), NATIVE)
-def test_no_error_of_the_kernel_in_c_is_above_its_bound(T, S, form, record_property):
+@pytest.mark.parametrize(("T", "S", "form", "dtype"), NATIVE)
+def test_no_error_of_the_kernel_in_c_is_above_its_bound(T, S, form, dtype, record_property):
     """100 cases each."""
-    which = Program(T, S, HEADS[form % 5], SIZES[form], "float32", Fused(implementation="native"), form)
+    which = Program(T, S, HEADS[form % 5], SIZES[form], dtype, Fused(implementation="native"), form)
     for name, worst in recorded(which, range(100), record_property).items():
         assert max(worst) > 1e-3, f"{name}: a bound a thousand times too wide says little"
 

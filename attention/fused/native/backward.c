@@ -87,8 +87,8 @@ static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, i
   r->sights[panel] = sight_of(p, b, t);
   pack_upright(r->queries + row * p->H, query, N * p->H, rows, p->H, LOG2E);
   pack_upright(r->d_outputs + row * p->E, d_output, N * p->E, rows, p->E, 1);
-  pack_rows(r->query_rows + row * wide_h, wide_h, PANEL, query, N * p->H, rows, p->H);
-  pack_rows(r->d_output_rows + row * wide_e, wide_e, PANEL, d_output, N * p->E, rows, p->E);
+  pack_rows(r->query_rows + row * wide_h, wide_h, PANEL, (operand){FLOAT32, query}, N * p->H, rows, p->H);
+  pack_rows(r->d_output_rows + row * wide_e, wide_e, PANEL, (operand){FLOAT32, d_output}, N * p->E, rows, p->E);
   for (int64_t i = 0; i < PANEL; i++) {
     r->levels[row + i] = INFINITY, r->offsets[row + i] = 0;
     if (i >= rows) continue;
@@ -114,8 +114,8 @@ static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t
     int64_t first = most(start, begin), count = least(end, start + KEYS) - first, rows = least(KEYS, p->S - start);
     int32_t range[2];
     segment_range(p, b, start, range);
-    pack_tile(r->keys, wide_h, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
-    pack_tile(r->values, wide_e, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
+    pack_tile(r->keys, wide_h, beyond(p->key, at_key(p, b, first, k, p->H)), p->K * p->H, first - start, count, p->H);
+    pack_tile(r->values, wide_e, beyond(p->value, at_key(p, b, first, k, p->E)), p->K * p->E, first - start, count, p->E);
     memset(r->d_keys, 0, KEYS * wide_h * sizeof(float));
     memset(r->d_values, 0, KEYS * wide_e * sizeof(float));
     for (int64_t i = 0; i < panels; i++) {

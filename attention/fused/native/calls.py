@@ -32,7 +32,7 @@ class Sight(NamedTuple):
 
 
 def attend(inputs: Inputs, *, tabled: bool = False) -> Float[Array, "B K G T E"]:
-    """The output, as a kernel of `attention.fused.kernels` gives it."""
+    """The output, as a kernel of `attention.fused.kernels` gives it: keys and values may have 16 bits."""
     del tabled  # it takes no table
     return attend_with_residual(inputs)[0]
 
@@ -103,7 +103,7 @@ def _gradients(query, key, value, sight: Sight, output, residual, d_output, d_re
     shapes.append(_like(query, *batch, K, S, wide, parts))
     call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
     *gradients, _ = call(query, key, value, *sight, output, residual, d_output, d_residual)
-    return tuple(gradients)
+    return tuple(d.astype(x.dtype) for d, x in zip(gradients, (query, key, value), strict=True))
 
 
 @_gradients.defjvp

@@ -102,8 +102,8 @@ static void item(const void *context, int64_t n) {
     int64_t first = most(start, begin), count = least(end, start + KEYS) - first;
     int32_t range[2];
     segment_range(p, b, start, range);
-    pack_tile(r.keys, p->H, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
-    pack_tile(r.values, width, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
+    pack_tile(r.keys, p->H, beyond(p->key, at_key(p, b, first, k, p->H)), p->K * p->H, first - start, count, p->H);
+    pack_tile(r.values, width, beyond(p->value, at_key(p, b, first, k, p->E)), p->K * p->E, first - start, count, p->E);
     for (int64_t i = 0; i < panels; i++) {
       stretch keys = stretch_of(p, r.sights + i, start, range);
       if (keys.begin < keys.end) step(p, &r, i, b, start, keys);

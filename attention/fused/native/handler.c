@@ -13,6 +13,22 @@ static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *messag
 
 static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int n) { return frame->args.args[n]; }
 static void *result(const XLA_FFI_CallFrame *frame, int n) { return ((XLA_FFI_Buffer *)frame->rets.rets[n])->data; }
+static operand as_operand(const XLA_FFI_Buffer *x) {
+  return (operand){x->dtype == XLA_FFI_DataType_F32 ? FLOAT32 : x->dtype == XLA_FFI_DataType_F16 ? FLOAT16 : BFLOAT16,
+                   x->data};
+}
+
+/* Whether a call has so many operands and results, a query in float32, and keys and values of types that are read. */
+static XLA_FFI_Error *misfit(const XLA_FFI_CallFrame *frame, int operands, int results) {
+  if (frame->args.size != operands || frame->rets.size != results) return refused(frame, "another number of buffers");
+  if (argument(frame, QUERY)->dtype != XLA_FFI_DataType_F32) return refused(frame, "a query that is not float32");
+  for (int n = KEY; n <= VALUE; n++) {
+    XLA_FFI_DataType type = argument(frame, n)->dtype;
+    if (type != XLA_FFI_DataType_F32 && type != XLA_FFI_DataType_BF16 && type != XLA_FFI_DataType_F16)
+      return refused(frame, "keys or values that are not float32, bfloat16 or float16");
+  }
+  return 0;
+}
 
 /* XLA asks for the version of the interface before it calls. The type of an extension has another name in each version. */
 static int told_version(const XLA_FFI_CallFrame *frame) {
@@ -31,7 +47,7 @@ static problem described(const XLA_FFI_CallFrame *frame) {
   problem p = {.B = 1, .T = q[0], .S = k[0], .K = k[1], .G = q[1] / k[1], .H = q[2],
                .E = value->dims[value->rank - 1]};
   for (const int64_t *dim = query->dims; dim < q; dim++) p.B *= *dim;
-  p.query = query->data, p.key = key->data, p.value = value->data;
+  p.query = query->data, p.key = as_operand(key), p.value = as_operand(value);
   p.first = argument(frame, FIRST)->data, p.last = argument(frame, LAST)->data;
   const XLA_FFI_Buffer *segments = argument(frame, QUERY_SEGMENTS);
   if (segments->dims[segments->rank - 1] > 0) {
@@ -48,7 +64,8 @@ static void set_partial(problem *p, const XLA_FFI_CallFrame *frame, int n) {
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 2) return refused(frame, "7 operands and 2 results");
+  XLA_FFI_Error *error = misfit(frame, KEY_SEGMENTS + 1, 2);
+  if (error) return error;
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
   forward(&p, &(threads){frame->api, frame->ctx});
@@ -57,7 +74,8 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 3) return refused(frame, "7 operands and 3 results");
+  XLA_FFI_Error *error = misfit(frame, KEY_SEGMENTS + 1, 3);
+  if (error) return error;
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
   set_partial(&p, frame, 2);
@@ -67,7 +85,8 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_F
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  if (frame->args.size != D_LEVEL + 1 || frame->rets.size != 4) return refused(frame, "11 operands and 4 results");
+  XLA_FFI_Error *error = misfit(frame, D_LEVEL + 1, 4);
+  if (error) return error;
   problem p = described(frame);
   p.output = argument(frame, OUTPUT)->data, p.level = argument(frame, LEVEL)->data;
   p.d_output = argument(frame, D_OUTPUT)->data, p.d_level = argument(frame, D_LEVEL)->data;

@@ -2,22 +2,20 @@
 #ifndef PACK_H
 #define PACK_H
 
-#include <string.h>
-
+#include "operand.h"
 #include "sight.h"
 
 /* `rows` rows of `size` numbers, `stride` apart, one behind the other with zeros up to `width`; zeros up to `all`. */
-INLINE void pack_rows(float *to, int64_t width, int64_t all, const float *from, int64_t stride, int64_t rows,
-                      int64_t size) {
+INLINE void pack_rows(float *to, int64_t width, int64_t all, operand from, int64_t stride, int64_t rows, int64_t size) {
   for (int64_t r = 0; r < rows; r++) {
-    memcpy(to + r * width, from + r * stride, size * sizeof(float));
+    widen(to + r * width, beyond(from, r * stride), size);
     memset(to + r * width + size, 0, (width - size) * sizeof(float));
   }
   if (rows < all) memset(to + rows * width, 0, (all - rows) * width * sizeof(float));
 }
 
 /* A tile of keys or values of which rows [first, first + count) are read, and all others in [0, KEYS) are zero. */
-INLINE void pack_tile(float *to, int64_t width, const float *from, int64_t stride, int64_t first, int64_t count,
+INLINE void pack_tile(float *to, int64_t width, operand from, int64_t stride, int64_t first, int64_t count,
                       int64_t size) {
   memset(to, 0, first * width * sizeof(float));
   pack_rows(to + first * width, width, KEYS - first, from, stride, count, size);

@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "operand.h"
 #include "product.h"
 
 /* query, output: B T N H and B T N E; key, value: B S K H and B S K E; N = K G, head n = k G + g.
@@ -13,7 +14,8 @@
  */
 typedef struct {
   int64_t B, T, S, K, G, H, E;
-  const float *query, *key, *value;
+  const float *query;
+  operand key, value;
   const int32_t *first, *last, *query_segments, *key_segments;
   float *output, *level;
   const float *d_output, *d_level; /* the cotangents, in a backward pass */
