@@ -58,8 +58,9 @@ INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride,
 /* Hidden logits become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
 static float weigh(const problem *p, float *logits, int64_t b, int64_t t, int64_t start, float *top, float *kept) {
   const int64_t at = b * p->T + t;
+  const int all = p->first[at] <= start && start + KEYS <= (int64_t)p->last[at] + 1 && !p->key_segments;
   vec largest = fill(-INFINITY), total = {0};
-  for (int64_t i = 0; i < KEYS; i++) {
+  for (int64_t i = 0; i < KEYS && !all; i++) {
     int64_t key = start + i;
     int seen = p->first[at] <= key && key <= p->last[at];
     if (seen && p->key_segments) seen = p->query_segments[at] == p->key_segments[b * p->S + key];

@@ -21,6 +21,17 @@ INLINE int64_t size_of(operand x) { return x.type == FLOAT32 ? 4 : 2; }
 /* The operand from its nth number on. */
 INLINE operand beyond(operand x, int64_t n) { return (operand){x.type, (const char *)x.data + n * size_of(x)}; }
 
+/* Compilers know the instruction for this, and some do not use it. */
+INLINE ivec integers(halves x) {
+#if defined(__AVX512F__)
+  return (ivec)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (ivec)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, ivec);
+#endif
+}
+
 /* Elsewhere than in hardware without arithmetic on subnormal numbers, which threads of XLA count as 0. */
 INLINE vec from_float16(halves x) {
 #if defined(__AVX512F__)
@@ -28,7 +39,7 @@ INLINE vec from_float16(halves x) {
 #elif defined(__AVX__) && defined(__F16C__)
   return (vec)_mm256_cvtph_ps((__m128i)x);
 #else
-  const ivec bits = __builtin_convertvector(x, ivec), sign = (bits & 0x8000) << 16, rest = (bits & 0x7FFF) << 13;
+  const ivec bits = integers(x), sign = (bits & 0x8000) << 16, rest = (bits & 0x7FFF) << 13;
   const vec normal = (vec)(rest + (112 << 23)), special = (vec)(rest + (224 << 23)); /* by what exponents differ */
   const vec subnormal = (vec)(rest + (113 << 23)) - 0x1p-14f;
   const vec size = pick(rest < 1 << 23, subnormal, pick(rest >= 31 << 23, special, normal));
@@ -41,7 +52,7 @@ INLINE vec load_as_float32(operand x, int64_t n) {
   const void *from = beyond(x, n).data;
   if (x.type == FLOAT32) return load(from);
   if (x.type == FLOAT16) return from_float16(*(const halves *)from);
-  return (vec)(__builtin_convertvector(*(const halves *)from, ivec) << 16);
+  return (vec)(integers(*(const halves *)from) << 16);
 }
 
 /* `count` < LANES numbers from the nth on, and zeros. */
