@@ -154,7 +154,8 @@ def test_the_choice_is_visible():
     inputs = prepare(Fused(), *SMALL, is_causal=True)
     assert repr(Fused().resolved(inputs)) == "Fused(implementation='native')"
     assert Fused().resolved(inputs, "residual") == Fused(implementation="native")
-    assert Fused().resolved(prepare(Fused(), *SMALL, logits_soft_cap=3.0)) == Exact()
+    assert Fused().resolved(prepare(Fused(), *SMALL, logits_soft_cap=3.0)) == Fused(implementation="native")
+    assert Fused().resolved(prepare(Fused(), *SMALL, np.zeros((13, 13)), logits_soft_cap=3.0)) == Exact()
 
 
 def test_a_run_records_what_each_layer_resolves_to():

@@ -42,6 +42,7 @@ class Kernel:
         unread: whether slots that no query sees may hold anything, as it reads none unless there are segments.
         tile: keys, after each of which it rescales its sums; 0 where it does not.
         rounds_weights: whether it rounds them to the dtype of the operands before it sums the values.
+        soft_cap: whether it takes one that is traced.
         certified: backends and dtypes for which `attention.fused.method` bounds its rounding.
         package: what has to be installed.
     """
@@ -62,6 +63,7 @@ class Kernel:
     unread: bool = False
     tile: int = 0
     rounds_weights: bool = False
+    soft_cap: bool = False
     certified: tuple[tuple[str, str], ...] = ()
     package: str = ""
 
@@ -95,7 +97,10 @@ class Kernel:
                 bool(call.queries % self.length_multiple or call.keys % self.length_multiple),
                 f"it takes T and S that are multiples of {self.length_multiple}, not {call.queries} and {call.keys}",
             ),
-            ("soft cap" in call.asks, "its soft cap, if it has one, is compiled in and cannot be traced"),
+            (
+                "soft cap" in call.asks and not self.soft_cap,
+                "its soft cap, if it has one, is compiled in and cannot be traced",
+            ),
             (
                 "residual" in call.asks and self.with_residual is None,
                 "the log normaliser that it returns, if any, has no derivative",
@@ -125,6 +130,7 @@ KERNELS = (
         with_residual=native.attend_with_residual,
         unread=True,
         tile=KEYS,
+        soft_cap=True,
         certified=tuple(("cpu", dtype) for dtype in UP_TO_32),
     ),
     Kernel(

@@ -26,7 +26,7 @@ class Fused(Cached):
     for (or that of `pip install attention-lab[native]`). "xla" and "cudnn" are those of
     `jax.nn.dot_product_attention`, "tpu:splash" is the one that jax ships for TPUs, and the others are those of
     tokamax (`pip install attention-lab[fused]`). "auto" takes the first that can do what a call asks, in the order of
-    `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, a soft cap, or, but for "native", the
+    `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, or, but for "native", a soft cap or the
     log normaliser. `Fused().resolved(inputs)` is its choice; at H = 64 and T = S = 4,096, after a comma where tokamax
     is installed, and in brackets where there is no C compiler, it is
 
@@ -46,12 +46,12 @@ class Fused(Cached):
 
     The order on a GPU and a TPU is not measured. A named kernel is never replaced: what it cannot do raises.
 
-    Kernels other than "xla" have first derivatives in reverse mode alone, "native" those of the log normaliser too;
-    `Chunked` has all. Those of vendors round beta times the query to the dtype of the operands, as none takes a traced
-    scale; "xla" does so with one scale a head. "native" reads 16-bit keys and values as float32, keeps query and
-    weights in it, and rounds outputs and gradients once. In float32, "xla" asks for products in float32 where the backend has faster
-    ones. A row that sees no key gives 0, with gradient 0, whatever the kernel makes of it. What a kernel has no name
-    for, it gets as T S booleans; "native" does not take them.
+    Kernels other than "xla" have first derivatives in reverse mode alone, "native" those of the log normaliser and by
+    the cap too; `Chunked` has all. Those of vendors round beta times the query to the dtype of the operands, as none
+    takes a traced scale; "xla" does so with one scale a head. "native" reads 16-bit keys and values as float32, keeps
+    query and weights in it, and rounds outputs and gradients once. In float32, "xla" asks for products in float32 where
+    the backend has faster ones. A row that sees no key gives 0, with gradient 0, whatever the kernel makes of it. What
+    a kernel has no name for, it gets as T S booleans; "native" does not take them.
 
     Attributes:
         implementation: "auto", or the name of a kernel.

@@ -4,10 +4,13 @@
  *
  *     dV = P^T dO,    dK = dS^T Q,    dQ = dS K.
  *
+ * A cap multiplies dS by 1 - r^2, where r is the ratio of the capped logit to it.
+ *
  * P and dS stand upright, keys by queries, so that all five products have one form. Blocks of queries are dealt out to
  * `parts`, each of which sums its own dK and dV, and these sums are added in their order: the bits do not depend on how
  * many threads there are.
  */
+#include "cap.h"
 #include "forward.h"
 #include "pack.h"
 #include "pool.h"
@@ -17,7 +20,7 @@ typedef struct {
   float *keys, *values, *weights, *changes, *d_keys, *d_values; /* of a tile of keys */
   float *queries, *d_outputs;                                   /* panels, upright */
   float *query_rows, *d_output_rows, *d_queries;                /* panels, row by row, padded */
-  float *levels, *offsets;
+  float *levels, *offsets, *ratios;
   sight *sights;
 } room;
 
@@ -26,11 +29,12 @@ static room room_for(const problem *p) {
   const int64_t panels = p->G * (block_of(p) / PANEL), rows = panels * PANEL;
   const int64_t sizes[] = {KEYS * wide_h,  KEYS * wide_e, KEYS * PANEL,  KEYS * PANEL,  KEYS * wide_h,
                            KEYS * wide_e,  rows * p->H,   rows * p->E,   rows * wide_h, rows * wide_e,
-                           rows * wide_h,  rows,          rows,          (int64_t)(panels * sizeof(sight) + 3) / 4};
-  float *at[14];
-  workspace(at, sizes, 14);
-  return (room){at[0], at[1], at[2], at[3],  at[4],  at[5],  at[6],
-                at[7], at[8], at[9], at[10], at[11], at[12], (sight *)at[13]};
+                           rows * wide_h,  rows,          rows,          rows,
+                           (int64_t)(panels * sizeof(sight) + 3) / 4};
+  float *at[15];
+  workspace(at, sizes, 15);
+  return (room){at[0], at[1], at[2],  at[3],  at[4],  at[5],  at[6],  at[7],
+                at[8], at[9], at[10], at[11], at[12], at[13], (sight *)at[14]};
 }
 
 /* to += the product of a (`count` rows of it) and b, which is `depth` by `width`. */
@@ -48,16 +52,28 @@ INLINE void add_product(float *to, int64_t width, int64_t count, const float *a,
     }
 }
 
+/* The logits of a block capped, and their ratios to the cap where their cotangents will stand. */
+INLINE void cap_and_keep(const problem *p, int64_t b, vec logits[ROWS][COLUMNS], float *ratios) {
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < COLUMNS; j++) {
+      vec ratio = ratio_of(p, b, logits[i][j]);
+      store(ratios + i * PANEL + j * LANES, ratio);
+      logits[i][j] = capped(p, b, ratio);
+    }
+}
+
 /* One tile of keys for one panel of queries: P, dS, and what they add to the three cotangents. */
 static void step(const problem *p, const room *r, int64_t panel, int64_t b, int64_t start, stretch keys) {
   const int64_t H = p->H, E = p->E, wide_h = up_to(H, PANEL), wide_e = up_to(E, PANEL), row = panel * PANEL;
+  const int has_cap = p->caps != 0;
   const float *queries = r->queries + row * H, *d_outputs = r->d_outputs + row * E;
-  vec block[ROWS][COLUMNS], level[COLUMNS], offset[COLUMNS];
+  vec block[ROWS][COLUMNS], level[COLUMNS], offset[COLUMNS], ratios[COLUMNS] = {{0}};
 
   for (int j = 0; j < COLUMNS; j++)
     level[j] = load(r->levels + row + j * LANES), offset[j] = load(r->offsets + row + j * LANES);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     product(block, H, r->keys + key * wide_h, wide_h, 1, queries, PANEL);
+    if (has_cap) cap_and_keep(p, b, block, r->changes + key * PANEL);
     if (keys.masked) hide(p, r->sights + panel, b, start + key, block);
     for (int i = 0; i < ROWS; i++)
       for (int j = 0; j < COLUMNS; j++)
@@ -66,9 +82,17 @@ static void step(const problem *p, const room *r, int64_t panel, int64_t b, int6
     for (int i = 0; i < ROWS; i++)
       for (int j = 0; j < COLUMNS; j++) {
         int64_t at = (key + i) * PANEL + j * LANES;
-        store(r->changes + at, load(r->weights + at) * (block[i][j] + offset[j]));
+        vec change = load(r->weights + at) * (block[i][j] + offset[j]);
+        if (has_cap) {
+          vec ratio = load(r->changes + at);
+          ratios[j] += change * ratio;
+          change *= 1 - ratio * ratio;
+        }
+        store(r->changes + at, change);
       }
   }
+  for (int j = 0; has_cap && j < COLUMNS; j++)
+    store(r->ratios + row + j * LANES, load(r->ratios + row + j * LANES) + ratios[j]);
   const int64_t count = keys.end - keys.begin, from = keys.begin * PANEL;
   add_product(r->d_values + keys.begin * wide_e, wide_e, count, r->weights + from, PANEL, 1,
               r->d_output_rows + row * wide_e, PANEL);
@@ -90,7 +114,7 @@ static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, i
   pack_rows(r->query_rows + row * wide_h, wide_h, PANEL, (operand){FLOAT32, query}, N * p->H, rows, p->H);
   pack_rows(r->d_output_rows + row * wide_e, wide_e, PANEL, (operand){FLOAT32, d_output}, N * p->E, rows, p->E);
   for (int64_t i = 0; i < PANEL; i++) {
-    r->levels[row + i] = INFINITY, r->offsets[row + i] = 0;
+    r->levels[row + i] = INFINITY, r->offsets[row + i] = r->ratios[row + i] = 0;
     if (i >= rows) continue;
     int64_t at = at_level(p, b, k, g, t + i);
     float product = 0;
@@ -126,9 +150,11 @@ static void block_of_queries(const problem *p, const room *r, int64_t b, int64_t
     add(sums + p->S * wide_h + start * wide_e, r->d_values, rows * wide_e);
   }
   for (int64_t i = 0; i < panels; i++)
-    for (int64_t t = from + i % columns * PANEL, q = 0; q < least(PANEL, p->T - t); q++)
+    for (int64_t t = from + i % columns * PANEL, q = 0; q < least(PANEL, p->T - t); q++) {
       memcpy(p->d_query + at_query(p, b, t + q, k, i / columns, p->H), r->d_queries + (i * PANEL + q) * wide_h,
              p->H * sizeof(float));
+      if (p->caps) p->ratios[at_level(p, b, k, i / columns, t + q)] = r->ratios[i * PANEL + q];
+    }
 }
 
 /* Part n % parts of one key head: every `parts`th block of queries, the last ones first. */

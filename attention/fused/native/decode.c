@@ -3,6 +3,7 @@
  * Keys and values are read once, as they lie, with all heads of a token together, and nothing is packed. A part of the
  * keys is an item; the parts are merged in their order.
  */
+#include "cap.h"
 #include "forward.h"
 #include "sight.h"
 
@@ -55,11 +56,13 @@ INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride,
   store_few(to + i, total, size - i);
 }
 
-/* Hidden logits become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
+/* Logits are capped, and hidden ones become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
 static float weigh(const problem *p, float *logits, int64_t b, int64_t t, int64_t start, float *top, float *kept) {
   const int64_t at = b * p->T + t;
   const int all = p->first[at] <= start && start + KEYS <= (int64_t)p->last[at] + 1 && !p->key_segments;
   vec largest = fill(-INFINITY), total = {0};
+  for (int64_t i = 0; i < KEYS && p->caps; i += LANES)
+    store(logits + i, capped(p, b, ratio_of(p, b, load(logits + i))));
   for (int64_t i = 0; i < KEYS && !all; i++) {
     int64_t key = start + i;
     int seen = p->first[at] <= key && key <= p->last[at];

@@ -5,6 +5,7 @@
  */
 #include "forward.h"
 
+#include "cap.h"
 #include "pack.h"
 #include "pool.h"
 #include "sight.h"
@@ -34,6 +35,7 @@ static void step(const problem *p, const room *r, int64_t panel, int64_t b, int6
   for (int j = 0; j < COLUMNS; j++) top[j] = load(tops + j * LANES), total[j] = (vec){0};
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     product(block, H, r->keys + key * H, H, 1, queries, PANEL);
+    if (p->caps) cap(p, b, block);
     if (keys.masked) hide(p, seen, b, start + key, block);
     for (int i = 0; i < ROWS; i++)
       for (int j = 0; j < COLUMNS; j++) {

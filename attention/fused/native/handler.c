@@ -3,7 +3,7 @@
 
 #include "forward.h"
 
-enum { QUERY, KEY, VALUE, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
+enum { QUERY, KEY, VALUE, CAPS, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
 
 static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *message) {
   XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, 0, message,
@@ -48,6 +48,8 @@ static problem described(const XLA_FFI_CallFrame *frame) {
                .E = value->dims[value->rank - 1]};
   for (const int64_t *dim = query->dims; dim < q; dim++) p.B *= *dim;
   p.query = query->data, p.key = as_operand(key), p.value = as_operand(value);
+  const XLA_FFI_Buffer *caps = argument(frame, CAPS);
+  if (caps->dims[caps->rank - 1] > 0) p.caps = caps->data;
   p.first = argument(frame, FIRST)->data, p.last = argument(frame, LAST)->data;
   const XLA_FFI_Buffer *segments = argument(frame, QUERY_SEGMENTS);
   if (segments->dims[segments->rank - 1] > 0) {
@@ -85,13 +87,14 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_F
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  XLA_FFI_Error *error = misfit(frame, D_LEVEL + 1, 4);
+  XLA_FFI_Error *error = misfit(frame, D_LEVEL + 1, 5);
   if (error) return error;
   problem p = described(frame);
   p.output = argument(frame, OUTPUT)->data, p.level = argument(frame, LEVEL)->data;
   p.d_output = argument(frame, D_OUTPUT)->data, p.d_level = argument(frame, D_LEVEL)->data;
   p.d_query = result(frame, 0), p.d_key = result(frame, 1), p.d_value = result(frame, 2);
-  set_partial(&p, frame, 3);
+  p.ratios = result(frame, 3);
+  set_partial(&p, frame, 4);
   backward(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }

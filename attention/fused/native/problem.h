@@ -10,16 +10,19 @@
 
 /* query, output: B T N H and B T N E; key, value: B S K H and B S K E; N = K G, head n = k G + g.
  * Query t sees keys first[b T + t] to last[b T + t], and of these only those with its segment, unless there are none.
+ * caps: B, of the logits of each batch element, or none.
  * level: B N T, the log of the sum of exponentials; -inf where no key is seen.
  */
 typedef struct {
   int64_t B, T, S, K, G, H, E;
   const float *query;
   operand key, value;
+  const float *caps;
   const int32_t *first, *last, *query_segments, *key_segments;
   float *output, *level;
   const float *d_output, *d_level; /* the cotangents, in a backward pass */
   float *d_query, *d_key, *d_value, *partial;
+  float *ratios; /* B N T, in a backward pass: sums over keys of the capped logit's cotangent times its ratio to the cap */
   int64_t parts;
 } problem;
 
