@@ -141,13 +141,13 @@ def test_numbers_of_16_bits_are_read_as_they_are(T, dtype):
 @pytest.mark.parametrize("T", [1, 12])
 def test_a_cap_far_above_the_logits_is_none(T):
     """Their ratio to it is then all that the hyperbolic tangent gives, to a relative rounding."""
-    case, cap = draw(87, T=T).astype(jnp.float32), np.float32(1e9)
+    case, cap = draw(87, T=T).astype(jnp.float32), np.array(1e9, np.float32)
     error = np.linalg.norm(run(NATIVE, case, logits_soft_cap=cap) - oracle(*case)[0], axis=-1)
     assert np.all(error <= rounding(NATIVE, case, logits_soft_cap=cap))
 
 
 def test_a_cap_has_a_gradient():
-    case, cap, cotangent = draw(88, T=12), np.float32(0.5), draw(89, T=12, N=4).query.astype(np.float32)
+    case, cap, cotangent = draw(88, T=12), np.array(0.5, np.float32), draw(89, T=12, N=4).query.astype(np.float32)
     single = case.astype(jnp.float32)
 
     def loss(cap, method, case):
@@ -155,9 +155,11 @@ def test_a_cap_has_a_gradient():
 
     ours = jax.jit(jax.grad(loss), static_argnums=1)(cap, NATIVE, single)
     with jax.enable_x64(True):
-        theirs = jax.jit(jax.grad(loss), static_argnums=1)(np.float64(cap), Exact(), Case(*map(np.float64, single)))
-    # A row's dS is off by at most 5 b |d| |v| in all, where b is how far its weights move (see test_fused.py; one more for
-    # the hyperbolic tangent), and each is multiplied by no more than twice |q| |k| beta / cap.
+        theirs = jax.jit(jax.grad(loss), static_argnums=1)(
+            cap.astype(np.float64), Exact(), Case(*map(np.float64, single))
+        )
+    # A row's dS is off by at most 5 b |d| |v| in all, where b is how far its weights move (see test_fused.py; one more
+    # for the hyperbolic tangent), and each is multiplied by no more than twice |q| |k| beta / cap.
     d, v, q, k = (np.linalg.norm(x, axis=-1).max() for x in (cotangent, case.value, case.query, case.key))
     moved, ratio = np.max(rounding(NATIVE, single, logits_soft_cap=cap)) / v, q * k / 8**0.5 / cap
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=cotangent[..., 0].size * 5 * moved * d * v * 2 * ratio)
