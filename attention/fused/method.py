@@ -28,21 +28,21 @@ class Fused(Cached):
     tokamax (`pip install attention-lab[fused]`). "auto" takes the first that can do what a call asks, in the order of
     `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, or, but for "native", a soft cap or the
     log normaliser. `Fused().resolved(inputs)` is its choice; at H = 64 and T = S = 4,096, after a comma where tokamax
-    is installed, and in brackets where there is no C compiler, it is
+    is installed, and in brackets where there is no C compiler, it is this (plain and in a causal window as causal):
 
-        backend  operands  plain, causal or lengths  causal window        segments             mask or bias
-        cpu      float32   native (xla)              native (xla)         native (xla)         xla
-        cpu      bfloat16  native (xla)              native (xla)         native (xla)         xla
-        cpu      float16   native (Exact)            native (Exact)       native (Exact)       Exact
-        gpu 8.0  float32   xla, tokamax:triton       xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
-        gpu 8.0  bfloat16  cudnn                     cudnn                cudnn                cudnn
-        gpu 8.0  float16   cudnn                     cudnn                xla, tokamax:triton  xla, tokamax:triton
-        gpu 9.0  float32   xla, tokamax:triton       xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
-        gpu 9.0  bfloat16  cudnn                     cudnn                cudnn                cudnn
-        gpu 9.0  float16   cudnn                     cudnn                xla, tokamax:mosaic  xla, tokamax:mosaic
-        tpu      float32   tpu:splash                tpu:splash           tpu:splash           xla
-        tpu      bfloat16  tpu:splash                tpu:splash           tpu:splash           xla
-        tpu      float16   Exact                     Exact                Exact                Exact
+        backend  operands  causal or lengths    segments             mask                 bias
+        cpu      float32   native (xla)         native (xla)         native (xla)         xla
+        cpu      bfloat16  native (xla)         native (xla)         native (xla)         xla
+        cpu      float16   native (Exact)       native (Exact)       native (Exact)       Exact
+        gpu 8.0  float32   xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 8.0  bfloat16  cudnn                cudnn                cudnn                cudnn
+        gpu 8.0  float16   cudnn                xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 9.0  float32   xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 9.0  bfloat16  cudnn                cudnn                cudnn                cudnn
+        gpu 9.0  float16   cudnn                xla, tokamax:mosaic  xla, tokamax:mosaic  xla, tokamax:mosaic
+        tpu      float32   tpu:splash           tpu:splash           xla                  xla
+        tpu      bfloat16  tpu:splash           tpu:splash           xla                  xla
+        tpu      float16   Exact                Exact                Exact                Exact
 
     The order on a GPU and a TPU is not measured. A named kernel is never replaced: what it cannot do raises.
 
@@ -51,7 +51,7 @@ class Fused(Cached):
     takes a traced scale; "xla" does so with one scale a head. "native" reads 16-bit keys and values as float32, keeps
     query and weights in it, and rounds outputs and gradients once. In float32, "xla" asks for products in float32 where
     the backend has faster ones. A row that sees no key gives 0, with gradient 0, whatever the kernel makes of it. What
-    a kernel has no name for, it gets as T S booleans; "native" does not take them.
+    a kernel has no name for, it gets as T S booleans; "native" reads those of a mask as they are given, unbroadcast.
 
     Attributes:
         implementation: "auto", or the name of a kernel.

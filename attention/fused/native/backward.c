@@ -108,7 +108,7 @@ static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, i
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
   const float *query = p->query + at_query(p, b, t, k, g, p->H), *output = p->output + at_query(p, b, t, k, g, p->E);
   const float *d_output = p->d_output + at_query(p, b, t, k, g, p->E);
-  r->sights[panel] = sight_of(p, b, t);
+  r->sights[panel] = sight_of(p, b, k, g, t);
   pack_upright(r->queries + row * p->H, query, N * p->H, rows, p->H, LOG2E);
   pack_upright(r->d_outputs + row * p->E, d_output, N * p->E, rows, p->E, 1);
   pack_rows(r->query_rows + row * wide_h, wide_h, PANEL, (operand){FLOAT32, query}, N * p->H, rows, p->H);

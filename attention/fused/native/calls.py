@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attention.fused.native.build import ITEMS
 from attention.inputs import Inputs
@@ -18,17 +18,19 @@ PART = 1024  # keys of an item, where queries are few
 
 
 class Sight(NamedTuple):
-    """What each query sees: the keys from first to last, and of these those of its segment, where there are any.
+    """What each query sees: the keys from first to last, of these those of its segment, and of these those shown to it.
 
     Attributes:
         first, last: `B T`.
         queries, keys: `B T` and `B S`, or `B 0` where there are no segments.
+        shown: `b k g t s`, each axis whole or of size 1; or `1 1 1 1 0`.
     """
 
     first: Int[Array, "*B T"]
     last: Int[Array, "*B T"]
     queries: Int[Array, "*B t"]
     keys: Int[Array, "*B s"]
+    shown: Bool[Array, "*b k g t s"]
 
 
 def attend(inputs: Inputs, *, tabled: bool = False) -> Float[Array, "B K G T E"]:
@@ -55,10 +57,11 @@ def _caps(soft_cap: Float[Array, ""] | None, query: Float[Array, "B T N H"]) -> 
 
 def _sight(mask: Mask, B: int) -> Sight:
     first, last = (jnp.broadcast_to(x, (B, mask.num_queries)).astype(jnp.int32) for x in mask.key_range())
-    nothing = jnp.zeros((B, 0), jnp.int32)
-    if mask.query_segments is None or mask.key_segments is None:
-        return Sight(first, last, nothing, nothing)
-    return Sight(first, last, *_numbered(mask.query_segments, mask.key_segments))
+    queries = keys = jnp.zeros((B, 0), jnp.int32)
+    if mask.query_segments is not None and mask.key_segments is not None:
+        queries, keys = _numbered(mask.query_segments, mask.key_segments)
+    shown = jnp.zeros((1, 1, 1, 1, 0), bool) if mask.dense is None else mask.dense
+    return Sight(first, last, queries, keys, shown)
 
 
 def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:

@@ -57,9 +57,10 @@ INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride,
 }
 
 /* Logits are capped, and hidden ones become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
-static float weigh(const problem *p, float *logits, int64_t b, int64_t t, int64_t start, float *top, float *kept) {
-  const int64_t at = b * p->T + t;
-  const int all = p->first[at] <= start && start + KEYS <= (int64_t)p->last[at] + 1 && !p->key_segments;
+static float weigh(const problem *p, float *logits, int64_t b, int64_t row, int64_t start, float *top, float *kept) {
+  const int64_t t = row % p->T, head = row / p->T, at = b * p->T + t;
+  const int in_range = p->first[at] <= start && start + KEYS <= (int64_t)p->last[at] + 1;
+  const int all = in_range && !p->key_segments && !p->shown.data;
   vec largest = fill(-INFINITY), total = {0};
   for (int64_t i = 0; i < KEYS && p->caps; i += LANES)
     store(logits + i, capped(p, b, ratio_of(p, b, load(logits + i))));
@@ -67,6 +68,7 @@ static float weigh(const problem *p, float *logits, int64_t b, int64_t t, int64_
     int64_t key = start + i;
     int seen = p->first[at] <= key && key <= p->last[at];
     if (seen && p->key_segments) seen = p->query_segments[at] == p->key_segments[b * p->S + key];
+    if (seen && p->shown.data) seen = *shown_at(p, b, head / p->G, head % p->G, t, key);
     if (!seen) logits[i] = -INFINITY;
   }
   for (int64_t i = 0; i < KEYS; i += LANES) largest = larger(load(logits + i), largest);
@@ -107,7 +109,7 @@ static void tile(const problem *p, state s, int64_t b, int64_t start, int64_t be
     }
   float kept[heads * rows];
   for (int64_t r = 0; r < heads * rows; r++) {
-    float total = weigh(p, logits + r * KEYS, b, r % p->T, start, s.tops + r, kept + r);
+    float total = weigh(p, logits + r * KEYS, b, r, start, s.tops + r, kept + r);
     s.sums[r] = s.sums[r] * kept[r] + total;
   }
   memset(gained, 0, heads * rows * p->E * sizeof(float));

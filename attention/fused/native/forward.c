@@ -93,7 +93,7 @@ static void item(const void *context, int64_t n) {
 
   for (int64_t i = 0; i < panels; i++) {
     int64_t t = from + i % columns * PANEL;
-    r.sights[i] = sight_of(p, b, t);
+    r.sights[i] = sight_of(p, b, k, i / columns, t);
     begin = least(begin, r.sights[i].begin), end = most(end, r.sights[i].end);
     pack_upright(r.queries + i * p->H * PANEL, p->query + at_query(p, b, t, k, i / columns, p->H), p->K * p->G * p->H,
                  least(PANEL, p->T - t), p->H, LOG2E);

@@ -3,7 +3,7 @@
 
 #include "forward.h"
 
-enum { QUERY, KEY, VALUE, CAPS, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
+enum { QUERY, KEY, VALUE, CAPS, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, SHOWN, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
 
 static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *message) {
   XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, 0, message,
@@ -40,6 +40,19 @@ static int told_version(const XLA_FFI_CallFrame *frame) {
   return 1;
 }
 
+/* As far as there is one; of `batches` elements of a batch, each group has its own. */
+static table as_table(const XLA_FFI_Buffer *x, int64_t batches) {
+  table found = {0};
+  if (x->dims[x->rank - 1] == 0) return found;
+  found.data = x->data;
+  int64_t step = 1, count = 1;
+  for (int axis = 4; axis >= 0; step *= x->dims[x->rank - 5 + axis], axis--)
+    found.steps[axis] = axis && x->dims[x->rank - 5 + axis] == 1 ? 0 : step;
+  for (int64_t axis = 0; axis < x->rank - 4; axis++) count *= x->dims[axis];
+  found.sharing = batches / most(count, 1);
+  return found;
+}
+
 /* Axes before the last ones are batches. */
 static problem described(const XLA_FFI_CallFrame *frame) {
   const XLA_FFI_Buffer *query = argument(frame, QUERY), *key = argument(frame, KEY), *value = argument(frame, VALUE);
@@ -51,6 +64,7 @@ static problem described(const XLA_FFI_CallFrame *frame) {
   const XLA_FFI_Buffer *caps = argument(frame, CAPS);
   if (caps->dims[caps->rank - 1] > 0) p.caps = caps->data;
   p.first = argument(frame, FIRST)->data, p.last = argument(frame, LAST)->data;
+  p.shown = as_table(argument(frame, SHOWN), p.B);
   const XLA_FFI_Buffer *segments = argument(frame, QUERY_SEGMENTS);
   if (segments->dims[segments->rank - 1] > 0) {
     p.query_segments = segments->data;
@@ -66,7 +80,7 @@ static void set_partial(problem *p, const XLA_FFI_CallFrame *frame, int n) {
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  XLA_FFI_Error *error = misfit(frame, KEY_SEGMENTS + 1, 2);
+  XLA_FFI_Error *error = misfit(frame, SHOWN + 1, 2);
   if (error) return error;
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
@@ -76,7 +90,7 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  XLA_FFI_Error *error = misfit(frame, KEY_SEGMENTS + 1, 3);
+  XLA_FFI_Error *error = misfit(frame, SHOWN + 1, 3);
   if (error) return error;
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
