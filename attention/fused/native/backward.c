@@ -4,10 +4,13 @@
  *
  *     dV = P^T dO,    dK = dS^T Q,    dQ = dS K.
  *
+ * A cap multiplies dS by 1 - r^2, where r is the ratio of the capped logit to it.
+ *
  * P and dS stand upright, keys by queries, so that all five products have one form. Blocks of queries are dealt out to
  * `parts`, each of which sums its own dK and dV, and these sums are added in their order: the bits do not depend on how
  * many threads there are.
  */
+#include "cap.h"
 #include "forward.h"
 #include "pack.h"
 #include "pool.h"
@@ -17,7 +20,7 @@ typedef struct {
   float *keys, *values, *weights, *changes, *d_keys, *d_values; /* of a tile of keys */
   float *queries, *d_outputs;                                   /* panels, upright */
   float *query_rows, *d_output_rows, *d_queries;                /* panels, row by row, padded */
-  float *levels, *offsets;
+  float *levels, *offsets, *ratios;
   sight *sights;
 } room;
 
@@ -26,11 +29,12 @@ static room room_for(const problem *p) {
   const int64_t panels = p->G * (block_of(p, QUERIES) / PANEL), rows = panels * PANEL;
   const int64_t sizes[] = {KEYS * wide_h,  KEYS * wide_e, KEYS * PANEL,  KEYS * PANEL,  KEYS * wide_h,
                            KEYS * wide_e,  rows * p->H,   rows * p->E,   rows * wide_h, rows * wide_e,
-                           rows * wide_h,  rows,          rows,          (int64_t)(panels * sizeof(sight) + 3) / 4};
-  float *at[14];
-  workspace(at, sizes, 14);
-  return (room){at[0], at[1], at[2], at[3],  at[4],  at[5],  at[6],
-                at[7], at[8], at[9], at[10], at[11], at[12], (sight *)at[13]};
+                           rows * wide_h,  rows,          rows,          rows,
+                           (int64_t)(panels * sizeof(sight) + 3) / 4};
+  float *at[15];
+  workspace(at, sizes, 15);
+  return (room){at[0], at[1], at[2],  at[3],  at[4],  at[5],  at[6],  at[7],
+                at[8], at[9], at[10], at[11], at[12], at[13], (sight *)at[14]};
 }
 
 /* ROWS rows of `to` += the product of a and b, which is `depth` by `width`. */
@@ -46,19 +50,31 @@ INLINE void add_product(float *to, int64_t width, const float *a, int row, int s
   }
 }
 
+/* The logits of a block capped, and their ratios to the cap where their cotangents will stand. */
+INLINE void cap_and_keep(const problem *p, int64_t b, vec logits[ROWS][COLUMNS], float *ratios) {
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < COLUMNS; j++) {
+      vec ratio = ratio_of(p, b, logits[i][j]);
+      store(ratios + i * PANEL + j * LANES, ratio);
+      logits[i][j] = capped(p, b, ratio);
+    }
+}
+
 /* One tile of keys for one panel of queries: P, dS, and what they add to the three cotangents. */
 static void step(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys, float *d_keys,
                  float *d_values) {
   const int64_t H = p->H, E = p->E, wide_h = up_to(H, PANEL), wide_e = up_to(E, PANEL), row = panel * PANEL;
+  const int has_cap = p->caps != 0;
   const float *queries = r->queries + row * H, *d_outputs = r->d_outputs + row * E;
   const sight *s = r->sights + panel;
-  vec block[ROWS][COLUMNS], level[COLUMNS], offset[COLUMNS];
+  vec block[ROWS][COLUMNS], level[COLUMNS], offset[COLUMNS], ratios[COLUMNS] = {{0}};
 
   UNROLLED for (int j = 0; j < COLUMNS; j++)
     level[j] = load(r->levels + row + j * LANES), offset[j] = load(r->offsets + row + j * LANES);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     ask_ahead(p, t, panel, key);
     product(block, H, r->keys + key * wide_h, wide_h, 1, queries, PANEL);
+    if (has_cap) cap_and_keep(p, t->b, block, r->changes + key * PANEL);
     if (keys.masked) hide(p, s, t->b, t->start + key, block);
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++)
@@ -67,9 +83,17 @@ static void step(const problem *p, const room *r, const tile *t, int64_t panel, 
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++) {
         int64_t at = (key + i) * PANEL + j * LANES;
-        store(r->changes + at, load(r->weights + at) * (block[i][j] + offset[j]));
+        vec change = load(r->weights + at) * (block[i][j] + offset[j]);
+        if (has_cap) {
+          vec ratio = load(r->changes + at);
+          ratios[j] += change * ratio;
+          change *= 1 - ratio * ratio;
+        }
+        store(r->changes + at, change);
       }
   }
+  for (int j = 0; has_cap && j < COLUMNS; j++)
+    store(r->ratios + row + j * LANES, load(r->ratios + row + j * LANES) + ratios[j]);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     const span seeing = rows_of_keys(s, t->start + key);
     const int from = seeing.begin, depth = seeing.end - from;
@@ -100,13 +124,13 @@ static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, i
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
   const float *query = p->query + at_query(p, b, t, k, g, p->H), *output = p->output + at_query(p, b, t, k, g, p->E);
   const float *d_output = p->d_output + at_query(p, b, t, k, g, p->E);
-  r->sights[panel] = sight_of(p, b, t);
+  r->sights[panel] = sight_of(p, b, k, g, t);
   pack_upright(r->queries + row * p->H, query, N * p->H, rows, p->H, LOG2E);
   pack_upright(r->d_outputs + row * p->E, d_output, N * p->E, rows, p->E, 1);
-  pack_rows(r->query_rows + row * wide_h, wide_h, PANEL, query, N * p->H, rows, p->H);
-  pack_rows(r->d_output_rows + row * wide_e, wide_e, PANEL, d_output, N * p->E, rows, p->E);
+  pack_rows(r->query_rows + row * wide_h, wide_h, PANEL, (operand){FLOAT32, query}, N * p->H, rows, p->H);
+  pack_rows(r->d_output_rows + row * wide_e, wide_e, PANEL, (operand){FLOAT32, d_output}, N * p->E, rows, p->E);
   for (int64_t i = 0; i < PANEL; i++) {
-    r->levels[row + i] = INFINITY, r->offsets[row + i] = 0;
+    r->levels[row + i] = INFINITY, r->offsets[row + i] = r->ratios[row + i] = 0;
     if (i >= rows) continue;
     int64_t at = at_level(p, b, k, g, t + i);
     if (p->level[at] != -INFINITY) r->levels[row + i] = p->level[at] * LOG2E;
@@ -129,8 +153,8 @@ static void block_of_queries(const problem *p, const room *r, place at, place ne
     const tile here = {b, k, start, end, panels};
     int32_t range[2];
     segment_range(p, b, start, range);
-    pack_tile(r->keys, wide_h, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
-    pack_tile(r->values, wide_e, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
+    pack_tile(r->keys, wide_h, beyond(p->key, at_key(p, b, first, k, p->H)), p->K * p->H, first - start, count, p->H);
+    pack_tile(r->values, wide_e, beyond(p->value, at_key(p, b, first, k, p->E)), p->K * p->E, first - start, count, p->E);
     float *d_keys = sums + start * wide_h, *d_values = sums + p->S * wide_h + start * wide_e;
     if (rows < KEYS) { /* a tile that is not whole has rows beyond the sums */
       d_keys = memset(r->d_keys, 0, KEYS * wide_h * sizeof(float));
@@ -146,9 +170,11 @@ static void block_of_queries(const problem *p, const room *r, place at, place ne
     add(sums + p->S * wide_h + start * wide_e, d_values, rows * wide_e);
   }
   for (int64_t i = 0; i < panels; i++)
-    for (int64_t t = from + i % columns * PANEL, q = 0; q < least(PANEL, p->T - t); q++)
+    for (int64_t t = from + i % columns * PANEL, q = 0; q < least(PANEL, p->T - t); q++) {
       memcpy(p->d_query + at_query(p, b, t + q, k, i / columns, p->H), r->d_queries + (i * PANEL + q) * wide_h,
              p->H * sizeof(float));
+      if (p->caps) p->ratios[at_level(p, b, k, i / columns, t + q)] = r->ratios[i * PANEL + q];
+    }
 }
 
 /* The sums of all parts of one key head, as the caller lays them out. */

@@ -5,6 +5,7 @@
  */
 #include "forward.h"
 
+#include "cap.h"
 #include "pack.h"
 #include "pool.h"
 #include "sight.h"
@@ -55,6 +56,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     ask_ahead(p, t, panel, key);
     product(block, p->H, r->keys + key * p->H, p->H, 1, queries, PANEL);
+    if (p->caps) cap(p, t->b, block);
     if (keys.masked) hide(p, r->sights + panel, t->b, t->start + key, block);
     UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = block[0][j];
     UNROLLED for (int i = 1; i < ROWS; i++)
@@ -123,7 +125,7 @@ static void item(const void *context, int64_t n) {
 
   for (int64_t i = 0; i < panels; i++) {
     int64_t t = from + i % columns * PANEL;
-    r.sights[i] = sight_of(p, b, t);
+    r.sights[i] = sight_of(p, b, k, i / columns, t);
     begin = least(begin, r.sights[i].begin), end = most(end, r.sights[i].end);
     pack_upright(r.queries + i * p->H * PANEL, p->query + at_query(p, b, t, k, i / columns, p->H), p->K * p->G * p->H,
                  least(PANEL, p->T - t), p->H, LOG2E);
@@ -135,8 +137,8 @@ static void item(const void *context, int64_t n) {
     const tile here = {b, k, start, end, panels};
     int32_t range[2];
     segment_range(p, b, start, range);
-    pack_tile(r.keys, p->H, p->key + at_key(p, b, first, k, p->H), p->K * p->H, first - start, count, p->H);
-    pack_tile(r.values, width, p->value + at_key(p, b, first, k, p->E), p->K * p->E, first - start, count, p->E);
+    pack_tile(r.keys, p->H, beyond(p->key, at_key(p, b, first, k, p->H)), p->K * p->H, first - start, count, p->H);
+    pack_tile(r.values, width, beyond(p->value, at_key(p, b, first, k, p->E)), p->K * p->E, first - start, count, p->E);
     for (int64_t i = 0; i < panels; i++) {
       if (start + KEYS >= end) ask_for(p, next, columns, i);
       stretch keys = stretch_of(p, r.sights + i, start, range);
