@@ -50,16 +50,6 @@ INLINE void add_product(float *to, int64_t width, const float *a, int row, int s
   }
 }
 
-/* The logits of a block capped, and their ratios to the cap where their cotangents will stand. */
-INLINE void cap_and_keep(const problem *p, int64_t b, vec logits[ROWS][COLUMNS], float *ratios) {
-  UNROLLED for (int i = 0; i < ROWS; i++)
-    UNROLLED for (int j = 0; j < COLUMNS; j++) {
-      vec ratio = ratio_of(p, b, logits[i][j]);
-      store(ratios + i * PANEL + j * LANES, ratio);
-      logits[i][j] = capped(p, b, ratio);
-    }
-}
-
 /* One tile of keys for one panel of queries: P, dS, and what they add to the three cotangents. */
 static void step(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys, float *d_keys,
                  float *d_values) {
@@ -74,7 +64,7 @@ static void step(const problem *p, const room *r, const tile *t, int64_t panel, 
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     ask_ahead(p, t, panel, key);
     product(block, H, r->keys + key * wide_h, wide_h, 1, queries, PANEL);
-    if (has_cap) cap_and_keep(p, t->b, block, r->changes + key * PANEL);
+    if (has_cap) cap(p, t->b, block, r->changes + key * PANEL);
     if (keys.masked) hide(p, s, t->b, t->start + key, block);
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++)

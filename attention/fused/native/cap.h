@@ -30,9 +30,25 @@ INLINE vec tangent(vec y) {
 INLINE vec ratio_of(const problem *p, int64_t b, vec logit) { return tangent(logit * fminf(2 / p->caps[b], FLT_MAX)); }
 INLINE vec capped(const problem *p, int64_t b, vec ratio) { return ratio * (p->caps[b] * LOG2E); }
 
-INLINE void cap(const problem *p, int64_t b, vec logits[ROWS][COLUMNS]) {
+/* Where logits have no cap, they must not lie in memory: this is no part of the loop that makes them. */
+static __attribute__((noinline)) void cap_in_memory(const problem *p, int64_t b, vec logits[ROWS][COLUMNS],
+                                                    float *ratios) {
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < COLUMNS; j++) {
+      vec ratio = ratio_of(p, b, logits[i][j]);
+      if (ratios) store(ratios + i * PANEL + j * LANES, ratio);
+      logits[i][j] = capped(p, b, ratio);
+    }
+}
+
+/* The logits of a block capped; their ratios to the cap are kept where `ratios` is given. */
+INLINE void cap(const problem *p, int64_t b, vec logits[ROWS][COLUMNS], float *ratios) {
+  vec room[ROWS][COLUMNS];
   UNROLLED for (int i = 0; i < ROWS; i++)
-    UNROLLED for (int j = 0; j < COLUMNS; j++) logits[i][j] = capped(p, b, ratio_of(p, b, logits[i][j]));
+    UNROLLED for (int j = 0; j < COLUMNS; j++) room[i][j] = logits[i][j];
+  cap_in_memory(p, b, room, ratios);
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < COLUMNS; j++) logits[i][j] = room[i][j];
 }
 
 #endif

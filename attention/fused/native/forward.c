@@ -56,7 +56,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     ask_ahead(p, t, panel, key);
     product(block, p->H, r->keys + key * p->H, p->H, 1, queries, PANEL);
-    if (p->caps) cap(p, t->b, block);
+    if (p->caps) cap(p, t->b, block, 0);
     if (keys.masked) hide(p, r->sights + panel, t->b, t->start + key, block);
     UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = block[0][j];
     UNROLLED for (int i = 1; i < ROWS; i++)
