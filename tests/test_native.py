@@ -20,7 +20,7 @@ from attention import Exact, Fused
 from attention.fused.native import build
 from attention.inputs import prepare, ungrouped
 from attention.testing import oracle
-from attention.testing.cases import Case, draw, rounding
+from attention.testing.cases import Case, draw, rounding, run
 
 NATIVE = Fused(implementation="native")
 
@@ -33,6 +33,8 @@ def test_the_polynomial_is_what_the_bound_takes_it_for():
     f = np.linspace(-0.5, 0.5, 10_001)
     # Coefficients but the first are rounded by a roundoff each, which their terms, below ln(2) / 2 together, halve.
     assert np.max(np.abs(np.polynomial.polynomial.polyval(f, rising) / np.exp2(f) - 1)) < (0.1 + 0.5) * 2.0**-24
+    slope = np.expm1(f * np.log(2)) / np.where(f == 0, np.inf, f) + np.where(f == 0, np.log(2), 0)
+    assert np.max(np.abs(np.polynomial.polynomial.polyval(f, rising[1:]) / slope - 1)) < 2.0**-24
 
 
 @pytest.fixture
@@ -122,6 +124,59 @@ def test_what_is_not_a_number_is_seen():
         output = attention.dot_product_attention(case.query, case.key.at[0, 5].set(nan), case.value, method=NATIVE)
         assert np.all(np.isnan(output[0]))
         assert np.all(np.isfinite(output[1]))
+
+
+def test_the_level_of_exponentials_follows_logits_that_rise():
+    """By less than it may lag behind in all 300 keys, by as much in every few blocks, and by more in each."""
+    case = draw(87, B=3, T=12, S=300, H=8, N=1, K=1).astype(jnp.float32)
+    rise = np.array([0.005, 0.1, 1.0])[:, None] * np.arange(300)
+    key = np.zeros(case.key.shape, np.float32)
+    key[:, :, 0, 0] = rise
+    case = Case(jnp.ones_like(case.query), jnp.asarray(key), case.value)
+    output = attention.dot_product_attention(*case, method=NATIVE, scale=1.0)
+    expected, _ = oracle(*case, scale=1.0)
+    error = np.linalg.norm(np.asarray(output) - expected, axis=-1)
+    assert np.all(error <= rounding(NATIVE, case, scale=1.0))
+
+
+@pytest.mark.parametrize("T", [1, 12])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_numbers_of_16_bits_are_read_as_they_are(T, dtype):
+    """All of them: the value of a row's only key is its output. Below 2**-126 float32 may count them as 0."""
+    every = np.arange(2**16).astype(np.uint16).view(dtype).reshape(64, 1, 1, 1024)
+    ones = np.ones((64, 1, 1, 1024), dtype)
+    output = jax.jit(NATIVE.attend)(prepare(NATIVE, np.repeat(ones[..., :8], T, axis=1), ones[..., :8], every))
+    expected = every.astype(np.float32)
+    expected = np.where(np.abs(expected) < np.finfo(np.float32).tiny, 0, expected)
+    np.testing.assert_array_equal(output[:, 0, 0], np.repeat(expected[:, :, 0], T, axis=1))
+
+
+@pytest.mark.parametrize("T", [1, 12])
+def test_a_cap_far_above_the_logits_is_none(T):
+    """Their ratio to it is then all that the hyperbolic tangent gives, to a relative rounding."""
+    case, cap = draw(87, T=T).astype(jnp.float32), np.array(1e9, np.float32)
+    error = np.linalg.norm(run(NATIVE, case, logits_soft_cap=cap) - oracle(*case)[0], axis=-1)
+    assert np.all(error <= rounding(NATIVE, case, logits_soft_cap=cap))
+
+
+def test_a_cap_has_a_gradient():
+    case, cap, cotangent = draw(88, T=12), np.array(0.5, np.float32), draw(89, T=12, N=4).query.astype(np.float32)
+    single = case.astype(jnp.float32)
+
+    def loss(cap, method, case):
+        return (attention.dot_product_attention(*case, method=method, logits_soft_cap=cap) * cotangent).sum()
+
+    ours = jax.jit(jax.grad(loss), static_argnums=1)(cap, NATIVE, single)
+    with jax.enable_x64(True):
+        theirs = jax.jit(jax.grad(loss), static_argnums=1)(
+            cap.astype(np.float64), Exact(), Case(*map(np.float64, single))
+        )
+    # A row's dS is off by at most 5 b |d| |v| in all, where b is how far its weights move (see test_fused.py; one more
+    # for the hyperbolic tangent), and each is multiplied by no more than twice |q| |k| beta / cap.
+    d, v, q, k = (np.linalg.norm(x, axis=-1).max() for x in (cotangent, case.value, case.query, case.key))
+    moved, ratio = np.max(rounding(NATIVE, single, logits_soft_cap=cap)) / v, q * k / 8**0.5 / cap
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=cotangent[..., 0].size * 5 * moved * d * v * 2 * ratio)
+    assert abs(theirs) > 1
 
 
 def test_the_residual_has_a_gradient():

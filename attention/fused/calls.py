@@ -17,7 +17,7 @@ class Call:
     Attributes:
         backend: "cpu", "gpu" or "tpu".
         generation: the compute capability of an NVIDIA GPU; 0 elsewhere.
-        dtype: that of the operands.
+        dtype: that of keys and values, unless the query has float64.
         head_size: the larger of H and E.
         queries, keys: T and S.
         asks: of "causal", "window", "lengths", "segments", "mask", "offset" (a causal position that is not the
@@ -51,7 +51,8 @@ def described(inputs: Inputs, *asks: str) -> Call:
         "bias": inputs.bias is not None,
         "soft cap": inputs.soft_cap is not None,
     }
-    backend, dtype = jax.default_backend(), jnp.dtype(inputs.key.dtype).name
+    backend = jax.default_backend()
+    dtype = jnp.dtype(inputs.query.dtype if inputs.query.dtype == jnp.float64 else inputs.key.dtype).name
     return Call(
         backend=backend,
         generation=_generation(),
@@ -61,7 +62,7 @@ def described(inputs: Inputs, *asks: str) -> Call:
         keys=mask.num_keys,
         asks=frozenset(asks) | {name for name, asked in present.items() if asked},
         tokamax=find_spec("tokamax") is not None,
-        native=build.fault() if (backend, dtype) == ("cpu", "float32") else "",
+        native=build.fault() if backend == "cpu" and dtype != "float64" else "",
     )
 
 

@@ -41,6 +41,8 @@ class Kernel:
         with_residual: calls it for the log normaliser too, which has a derivative then; None where it cannot.
         unread: whether slots that no query sees may hold anything, as it reads none unless there are segments.
         tile: keys, after each of which it rescales its sums; 0 where it does not.
+        rounds_weights: whether it rounds them to the dtype of the operands before it sums the values.
+        soft_cap: whether it takes one that is traced.
         certified: backends and dtypes for which `attention.fused.method` bounds its rounding.
         package: what has to be installed.
     """
@@ -60,6 +62,8 @@ class Kernel:
     with_residual: Callable[..., tuple[Array, Array]] | None = None
     unread: bool = False
     tile: int = 0
+    rounds_weights: bool = False
+    soft_cap: bool = False
     certified: tuple[tuple[str, str], ...] = ()
     package: str = ""
 
@@ -93,7 +97,10 @@ class Kernel:
                 bool(call.queries % self.length_multiple or call.keys % self.length_multiple),
                 f"it takes T and S that are multiples of {self.length_multiple}, not {call.queries} and {call.keys}",
             ),
-            ("soft cap" in call.asks, "its soft cap, if it has one, is compiled in and cannot be traced"),
+            (
+                "soft cap" in call.asks and not self.soft_cap,
+                "its soft cap, if it has one, is compiled in and cannot be traced",
+            ),
             (
                 "residual" in call.asks and self.with_residual is None,
                 "the log normaliser that it returns, if any, has no derivative",
@@ -117,13 +124,14 @@ KERNELS = (
         name="native",
         run=native.attend,
         backends=("cpu",),
-        dtypes=("float32",),
-        hides=RANGES,
+        dtypes=UP_TO_32,
+        hides=RANGES | {"mask"},
         any_window=True,
         with_residual=native.attend_with_residual,
         unread=True,
         tile=KEYS,
-        certified=(("cpu", "float32"),),
+        soft_cap=True,
+        certified=tuple(("cpu", dtype) for dtype in UP_TO_32),
     ),
     Kernel(
         name="cudnn",
@@ -186,6 +194,7 @@ KERNELS = (
         backends=("cpu", "tpu"),
         dtypes=WITHOUT_FLOAT16,  # float16 asks for a product that XLA compiles for GPUs alone
         tables=WITHOUT_FLOAT16,
+        rounds_weights=True,
         certified=(("cpu", "bfloat16"), ("cpu", "float32"), ("tpu", "float32")),
     ),
     Kernel(

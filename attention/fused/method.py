@@ -21,37 +21,38 @@ Implementation = Literal["auto", Name]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fused(Cached):
-    """softmax(beta Q K^T + bias) V by one kernel: a vendor's, or that of this library for float32 on a CPU.
+    """softmax(beta Q K^T + bias) V by one kernel: a vendor's, or that of this library for a CPU.
 
     "native" is the one in C of `attention.fused.native`, which the machine's compiler makes when it is first asked
     for (or that of `pip install attention-lab[native]`). "xla" and "cudnn" are those of
     `jax.nn.dot_product_attention`, "tpu:splash" is the one that jax ships for TPUs, and the others are those of
     tokamax (`pip install attention-lab[fused]`). "auto" takes the first that can do what a call asks, in the order of
-    `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, a soft cap, or, but for "native", the
+    `attention.fused.kernels.KERNELS`, and `Exact` where none can: for float64, or, but for "native", a soft cap or the
     log normaliser. `Fused().resolved(inputs)` is its choice; at H = 64 and T = S = 4,096, after a comma where tokamax
-    is installed, and in brackets where there is no C compiler, it is
+    is installed, and in brackets where there is no C compiler, it is this (plain and in a causal window as causal):
 
-        backend  operands  plain, causal or lengths  causal window        segments             mask or bias
-        cpu      float32   native (xla)              native (xla)         native (xla)         xla
-        cpu      bfloat16  xla                       xla                  xla                  xla
-        cpu      float16   Exact                     Exact                Exact                Exact
-        gpu 8.0  float32   xla, tokamax:triton       xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
-        gpu 8.0  bfloat16  cudnn                     cudnn                cudnn                cudnn
-        gpu 8.0  float16   cudnn                     cudnn                xla, tokamax:triton  xla, tokamax:triton
-        gpu 9.0  float32   xla, tokamax:triton       xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
-        gpu 9.0  bfloat16  cudnn                     cudnn                cudnn                cudnn
-        gpu 9.0  float16   cudnn                     cudnn                xla, tokamax:mosaic  xla, tokamax:mosaic
-        tpu      float32   tpu:splash                tpu:splash           tpu:splash           xla
-        tpu      bfloat16  tpu:splash                tpu:splash           tpu:splash           xla
-        tpu      float16   Exact                     Exact                Exact                Exact
+        backend  operands  causal or lengths    segments             mask                 bias
+        cpu      float32   native (xla)         native (xla)         native (xla)         xla
+        cpu      bfloat16  native (xla)         native (xla)         native (xla)         xla
+        cpu      float16   native (Exact)       native (Exact)       native (Exact)       Exact
+        gpu 8.0  float32   xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 8.0  bfloat16  cudnn                cudnn                cudnn                cudnn
+        gpu 8.0  float16   cudnn                xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 9.0  float32   xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton  xla, tokamax:triton
+        gpu 9.0  bfloat16  cudnn                cudnn                cudnn                cudnn
+        gpu 9.0  float16   cudnn                xla, tokamax:mosaic  xla, tokamax:mosaic  xla, tokamax:mosaic
+        tpu      float32   tpu:splash           tpu:splash           xla                  xla
+        tpu      bfloat16  tpu:splash           tpu:splash           xla                  xla
+        tpu      float16   Exact                Exact                Exact                Exact
 
     The order on a GPU and a TPU is not measured. A named kernel is never replaced: what it cannot do raises.
 
-    Kernels other than "xla" have first derivatives in reverse mode alone, "native" those of the log normaliser too;
-    `Chunked` has all. They round beta times the query to the dtype of the operands, as none takes a traced scale;
-    "xla" does so with one scale a head. In float32, "xla" asks for products in float32 where the backend has faster
-    ones. A row that sees no key gives 0, with gradient 0, whatever the kernel makes of it. What a kernel has no name
-    for, it gets as T S booleans; "native" does not take them.
+    Kernels other than "xla" have first derivatives in reverse mode alone, "native" those of the log normaliser and by
+    the cap too; `Chunked` has all. Those of vendors round beta times the query to the dtype of the operands, as none
+    takes a traced scale; "xla" does so with one scale a head. "native" reads 16-bit keys and values as float32, keeps
+    query and weights in it, and rounds outputs and gradients once. In float32, "xla" asks for products in float32 where
+    the backend has faster ones. A row that sees no key gives 0, with gradient 0, whatever the kernel makes of it. What
+    a kernel has no name for, it gets as T S booleans; "native" reads those of a mask as they are given, unbroadcast.
 
     Attributes:
         implementation: "auto", or the name of a kernel.
@@ -59,8 +60,8 @@ class Fused(Cached):
     Cost: 2 T S (H + E) operations a head, half of it where causal, and operands read once; "xla" computes the
     masked half too, and keeps T S weights a head. The backward pass of "native" takes 5 T S (H + E) operations and
     up to 8 copies of the gradients of keys and values.
-    Error bound: `attention.rounding.rounding_bound` for "native" and for "xla" in float32, and `weights_bound` more
-    in bfloat16 on a CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with
+    Error bound: `attention.rounding.rounding_bound` for "native" and for "xla" in float32, for "xla" `weights_bound`
+    more in bfloat16 on a CPU; no bound known for the others. "auto" certifies with a kernel that has a bound, or with
     `Exact`.
 
     Raises:
@@ -122,10 +123,14 @@ class Fused(Cached):
         kernel = named(self.implementation, call.backend)
         if (call.backend, call.dtype) not in kernel.certified:
             return output, None
-        # As `Chunked`: exponents of rescalings telescope, and a term passes through the sum of its tile and the tiles'.
+        # As `Chunked`, but that the level of exponentials may lag behind the maximum: two rescalings more.
         tiles = -(-call.keys // kernel.tile) + 1 if kernel.tile else 0
-        certificate = exact_certificate(inputs, rescalings=tiles, depth=kernel.tile + tiles if tiles else None)
-        return output, dataclasses.replace(certificate, error_bound=certificate.error_bound + weights_bound(inputs))
+        rescalings, depth = (tiles + 2, kernel.tile + tiles) if tiles else (0, None)
+        certificate = exact_certificate(inputs, rescalings=rescalings, depth=depth)
+        if kernel.rounds_weights:
+            bound = certificate.error_bound + weights_bound(inputs)
+            certificate = dataclasses.replace(certificate, error_bound=bound)
+        return output, certificate
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         if self.implementation in ("auto", "xla"):  # "auto" at its most expensive

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attention.fused.native.build import ITEMS
 from attention.inputs import Inputs
@@ -18,21 +18,23 @@ PART = 1024  # keys of an item, where queries are few
 
 
 class Sight(NamedTuple):
-    """What each query sees: the keys from first to last, and of these those of its segment, where there are any.
+    """What each query sees: the keys from first to last, of these those of its segment, and of these those shown to it.
 
     Attributes:
         first, last: `B T`.
         queries, keys: `B T` and `B S`, or `B 0` where there are no segments.
+        shown: `b k g t s`, each axis whole or of size 1; or `1 1 1 1 0`.
     """
 
     first: Int[Array, "*B T"]
     last: Int[Array, "*B T"]
     queries: Int[Array, "*B t"]
     keys: Int[Array, "*B s"]
+    shown: Bool[Array, "*b k g t s"]
 
 
 def attend(inputs: Inputs, *, tabled: bool = False) -> Float[Array, "B K G T E"]:
-    """The output, as a kernel of `attention.fused.kernels` gives it."""
+    """The output, as a kernel of `attention.fused.kernels` gives it: keys and values may have 16 bits."""
     del tabled  # it takes no table
     return attend_with_residual(inputs)[0]
 
@@ -42,16 +44,24 @@ def attend_with_residual(inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Flo
     B, K, G, T, H = inputs.query.shape
     query = jnp.moveaxis(inputs.query, 3, 1).reshape(B, T, K * G, H)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (inputs.key, inputs.value))
-    output, residual = _attention(query, key, value, _sight(inputs.mask, B))
+    output, residual = _attention(query, key, value, _caps(inputs.soft_cap, query), _sight(inputs.mask, B))
     return jnp.moveaxis(output.reshape(B, T, K, G, -1), 1, 3), residual.reshape(B, K, G, T)
+
+
+def _caps(soft_cap: Float[Array, ""] | None, query: Float[Array, "B T N H"]) -> Float[Array, "B c"]:
+    """The cap of each batch element, or `B 0` where there is none."""
+    B = query.shape[0]
+    none = query[:, :1, :1, :0].reshape(B, 0)  # of the query, so that it varies over the axes of a mesh as that does
+    return none if soft_cap is None else jnp.concatenate([none, jnp.full((B, 1), soft_cap)], axis=1)
 
 
 def _sight(mask: Mask, B: int) -> Sight:
     first, last = (jnp.broadcast_to(x, (B, mask.num_queries)).astype(jnp.int32) for x in mask.key_range())
-    nothing = jnp.zeros((B, 0), jnp.int32)
-    if mask.query_segments is None or mask.key_segments is None:
-        return Sight(first, last, nothing, nothing)
-    return Sight(first, last, *_numbered(mask.query_segments, mask.key_segments))
+    queries = keys = jnp.zeros((B, 0), jnp.int32)
+    if mask.query_segments is not None and mask.key_segments is not None:
+        queries, keys = _numbered(mask.query_segments, mask.key_segments)
+    shown = jnp.zeros((1, 1, 1, 1, 0), bool) if mask.dense is None else mask.dense
+    return Sight(first, last, queries, keys, shown)
 
 
 def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
@@ -63,14 +73,15 @@ def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[
 
 
 @jax.custom_vjp
-def _attention(query, key, value, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
+def _attention(query, key, value, caps, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     *batch, T, N, _ = query.shape
     S, E = key.shape[-3], value.shape[-1]
     shapes = [_like(query, *batch, T, N, E), _like(query, *batch, N, T)]
     if T <= FEW:
         shapes.append(_like(query, *batch, N * T * (E + 2), -(-S // PART)))
     name = "attention_lab_decode" if T <= FEW else "attention_lab_forward"
-    output, residual, *_ = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")(query, key, value, *sight)
+    call = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")
+    output, residual, *_ = call(query, key, value, caps, *sight)
     return output, residual
 
 
@@ -82,9 +93,9 @@ def _like(x: Float[Array, "..."], *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where, manual_axis_type=kind.manual_axis_type)
 
 
-def _forward(query, key, value, sight: Sight):
-    results = _attention(query, key, value, sight)
-    return results, (query, key, value, sight, *results)
+def _forward(query, key, value, caps, sight: Sight):
+    results = _attention(query, key, value, caps, sight)
+    return results, (query, key, value, caps, sight, *results)
 
 
 def _backward(kept, cotangents):
@@ -92,18 +103,21 @@ def _backward(kept, cotangents):
 
 
 @jax.custom_jvp
-def _gradients(query, key, value, sight: Sight, output, residual, d_output, d_residual):
-    """The cotangents of query, key and value."""
+def _gradients(query, key, value, caps, sight: Sight, output, residual, d_output, d_residual):
+    """The cotangents of query, key, value and caps."""
     *batch, T, N, H = query.shape
     S, K, E = key.shape[-3], key.shape[-2], value.shape[-1]
     heads = query.size // (T * N * H) * K
     parts = min(PARTS, -(-ITEMS // heads), -(-T // WIDTH))
     wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
     shapes = [_like(x, *x.shape) for x in (query, key, value)]
+    shapes.append(_like(query, *batch, N, T * caps.shape[-1]))
     shapes.append(_like(query, *batch, K, S, wide, parts))
     call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
-    *gradients, _ = call(query, key, value, *sight, output, residual, d_output, d_residual)
-    return tuple(gradients)
+    *gradients, ratios, _ = call(query, key, value, caps, *sight, output, residual, d_output, d_residual)
+    # c tanh(l / c) has the derivative r - (1 - r^2) l / c by c, and the sum of dS (1 - r^2) l over the keys is dQ . Q.
+    by_cap = ratios.sum((-2, -1))[..., None] - (gradients[0] * query).sum((-3, -2, -1))[..., None] / caps
+    return *(d.astype(x.dtype) for d, x in zip(gradients, (query, key, value), strict=True)), by_cap
 
 
 @_gradients.defjvp

@@ -3,8 +3,7 @@
  * Keys and values are read once, as they lie, with all heads of a token together, and nothing is packed. A part of the
  * keys is an item; the parts are merged in their order.
  */
-#include <string.h>
-
+#include "cap.h"
 #include "forward.h"
 #include "sight.h"
 
@@ -23,45 +22,53 @@ static state state_of(const problem *p, int64_t n) {
 }
 
 /* to[n] = x . (row n of y) for TOKENS rows, `stride` apart. */
-INLINE void dots(float *to, const float *x, const float *y, int64_t stride, int64_t size) {
+INLINE void dots(float *to, const float *x, operand y, int64_t stride, int64_t size) {
   vec total[TOKENS] = {{0}};
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) {
     vec here = load(x + i);
     for (int n = 0; n < TOKENS; n++) {
-      __builtin_prefetch(y + (n + AHEAD) * stride + i);
-      total[n] += here * load(y + n * stride + i);
+      __builtin_prefetch(beyond(y, (n + AHEAD) * stride + i).data);
+      total[n] += here * load_as_float32(y, n * stride + i);
     }
   }
-  for (int n = 0; n < TOKENS; n++) {
-    to[n] = sum(total[n]);
-    for (int64_t rest = i; rest < size; rest++) to[n] += x[rest] * y[n * stride + rest];
+  if (i < size) {
+    vec here = load_few((operand){FLOAT32, x}, i, size - i);
+    for (int n = 0; n < TOKENS; n++) total[n] += here * load_few(y, n * stride + i, size - i);
   }
+  for (int n = 0; n < TOKENS; n++) to[n] = sum(total[n]);
 }
 
 /* to += the sum of factors[n] (row n of x) over TOKENS rows, `stride` apart, in their order. */
-INLINE void add_rows(float *to, const float *factors, const float *x, int64_t stride, int64_t size) {
+INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride, int64_t size) {
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) {
     vec total = load(to + i);
     for (int n = 0; n < TOKENS; n++) {
-      __builtin_prefetch(x + (n + AHEAD) * stride + i);
-      total += factors[n] * load(x + n * stride + i);
+      __builtin_prefetch(beyond(x, (n + AHEAD) * stride + i).data);
+      total += factors[n] * load_as_float32(x, n * stride + i);
     }
     store(to + i, total);
   }
-  for (; i < size; i++)
-    for (int n = 0; n < TOKENS; n++) to[i] += factors[n] * x[n * stride + i];
+  if (i == size) return;
+  vec total = load_few((operand){FLOAT32, to}, i, size - i);
+  for (int n = 0; n < TOKENS; n++) total += factors[n] * load_few(x, n * stride + i, size - i);
+  store_few(to + i, total, size - i);
 }
 
-/* Hidden logits become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
-static float weigh(const problem *p, float *logits, int64_t b, int64_t t, int64_t start, float *top, float *kept) {
-  const int64_t at = b * p->T + t;
+/* Logits are capped, and hidden ones become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
+static float weigh(const problem *p, float *logits, int64_t b, int64_t row, int64_t start, float *top, float *kept) {
+  const int64_t t = row % p->T, head = row / p->T, at = b * p->T + t;
+  const int in_range = p->first[at] <= start && start + KEYS <= (int64_t)p->last[at] + 1;
+  const int all = in_range && !p->key_segments && !p->shown.data;
   vec largest = fill(-INFINITY), total = {0};
-  for (int64_t i = 0; i < KEYS; i++) {
+  for (int64_t i = 0; i < KEYS && p->caps; i += LANES)
+    store(logits + i, capped(p, b, ratio_of(p, b, load(logits + i))));
+  for (int64_t i = 0; i < KEYS && !all; i++) {
     int64_t key = start + i;
     int seen = p->first[at] <= key && key <= p->last[at];
     if (seen && p->key_segments) seen = p->query_segments[at] == p->key_segments[b * p->S + key];
+    if (seen && p->shown.data) seen = *shown_at(p, b, head / p->G, head % p->G, t, key);
     if (!seen) logits[i] = -INFINITY;
   }
   for (int64_t i = 0; i < KEYS; i += LANES) largest = larger(load(logits + i), largest);
@@ -78,15 +85,15 @@ static float weigh(const problem *p, float *logits, int64_t b, int64_t t, int64_
 }
 
 /* Where the TOKENS rows from `key` on lie, and how far apart: those that exist and are read, or zeros. */
-INLINE const float *rows_at(const problem *p, const float *from, int64_t size, int64_t b, int64_t k, int64_t key,
-                            int64_t begin, int64_t end, float *room, int64_t *stride) {
+INLINE operand rows_at(const problem *p, operand from, int64_t size, int64_t b, int64_t k, int64_t key, int64_t begin,
+                       int64_t end, float *room, int64_t *stride) {
   *stride = p->K * size;
-  if (begin <= key && key + TOKENS <= end) return from + at_key(p, b, key, k, size);
+  if (begin <= key && key + TOKENS <= end) return beyond(from, at_key(p, b, key, k, size));
   *stride = size;
   memset(room, 0, TOKENS * size * sizeof(float));
   for (int64_t n = most(key, begin); n < least(key + TOKENS, end); n++)
-    memcpy(room + (n - key) * size, from + at_key(p, b, n, k, size), size * sizeof(float));
-  return room;
+    widen(room + (n - key) * size, beyond(from, at_key(p, b, n, k, size)), size);
+  return (operand){FLOAT32, room};
 }
 
 /* A tile of keys from `start` on, of which [begin, end) are read. */
@@ -96,21 +103,21 @@ static void tile(const problem *p, state s, int64_t b, int64_t start, int64_t be
   int64_t stride;
   for (int64_t key = first; key < end; key += TOKENS)
     for (int64_t k = 0; k < heads; k++) {
-      const float *keys = rows_at(p, p->key, p->H, b, k, key, begin, end, room, &stride);
+      operand keys = rows_at(p, p->key, p->H, b, k, key, begin, end, room, &stride);
       for (int64_t r = k * rows; r < (k + 1) * rows; r++)
-        dots(logits + r * KEYS + key - start, queries + r * p->H, keys, stride, p->H);
+        KNOWING_TYPE(keys, dots(logits + r * KEYS + key - start, queries + r * p->H, keys, stride, p->H));
     }
   float kept[heads * rows];
   for (int64_t r = 0; r < heads * rows; r++) {
-    float total = weigh(p, logits + r * KEYS, b, r % p->T, start, s.tops + r, kept + r);
+    float total = weigh(p, logits + r * KEYS, b, r, start, s.tops + r, kept + r);
     s.sums[r] = s.sums[r] * kept[r] + total;
   }
   memset(gained, 0, heads * rows * p->E * sizeof(float));
   for (int64_t key = first; key < end; key += TOKENS)
     for (int64_t k = 0; k < heads; k++) {
-      const float *values = rows_at(p, p->value, p->E, b, k, key, begin, end, room, &stride);
+      operand values = rows_at(p, p->value, p->E, b, k, key, begin, end, room, &stride);
       for (int64_t r = k * rows; r < (k + 1) * rows; r++)
-        add_rows(gained + r * p->E, logits + r * KEYS + key - start, values, stride, p->E);
+        KNOWING_TYPE(values, add_rows(gained + r * p->E, logits + r * KEYS + key - start, values, stride, p->E));
     }
   for (int64_t r = 0; r < heads * rows; r++)
     for (int64_t e = 0; e < p->E; e++) {

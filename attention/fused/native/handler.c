@@ -3,7 +3,7 @@
 
 #include "forward.h"
 
-enum { QUERY, KEY, VALUE, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
+enum { QUERY, KEY, VALUE, CAPS, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, SHOWN, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
 
 static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *message) {
   XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, 0, message,
@@ -13,6 +13,22 @@ static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *messag
 
 static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int n) { return frame->args.args[n]; }
 static void *result(const XLA_FFI_CallFrame *frame, int n) { return ((XLA_FFI_Buffer *)frame->rets.rets[n])->data; }
+static operand as_operand(const XLA_FFI_Buffer *x) {
+  return (operand){x->dtype == XLA_FFI_DataType_F32 ? FLOAT32 : x->dtype == XLA_FFI_DataType_F16 ? FLOAT16 : BFLOAT16,
+                   x->data};
+}
+
+/* Whether a call has so many operands and results, a query in float32, and keys and values of types that are read. */
+static XLA_FFI_Error *misfit(const XLA_FFI_CallFrame *frame, int operands, int results) {
+  if (frame->args.size != operands || frame->rets.size != results) return refused(frame, "another number of buffers");
+  if (argument(frame, QUERY)->dtype != XLA_FFI_DataType_F32) return refused(frame, "a query that is not float32");
+  for (int n = KEY; n <= VALUE; n++) {
+    XLA_FFI_DataType type = argument(frame, n)->dtype;
+    if (type != XLA_FFI_DataType_F32 && type != XLA_FFI_DataType_BF16 && type != XLA_FFI_DataType_F16)
+      return refused(frame, "keys or values that are not float32, bfloat16 or float16");
+  }
+  return 0;
+}
 
 /* XLA asks for the version of the interface before it calls. The type of an extension has another name in each version. */
 static int told_version(const XLA_FFI_CallFrame *frame) {
@@ -24,6 +40,19 @@ static int told_version(const XLA_FFI_CallFrame *frame) {
   return 1;
 }
 
+/* As far as there is one; of `batches` elements of a batch, each group has its own. */
+static table as_table(const XLA_FFI_Buffer *x, int64_t batches) {
+  table found = {0};
+  if (x->dims[x->rank - 1] == 0) return found;
+  found.data = x->data;
+  int64_t step = 1, count = 1;
+  for (int axis = 4; axis >= 0; step *= x->dims[x->rank - 5 + axis], axis--)
+    found.steps[axis] = axis && x->dims[x->rank - 5 + axis] == 1 ? 0 : step;
+  for (int64_t axis = 0; axis < x->rank - 4; axis++) count *= x->dims[axis];
+  found.sharing = batches / most(count, 1);
+  return found;
+}
+
 /* Axes before the last ones are batches. */
 static problem described(const XLA_FFI_CallFrame *frame) {
   const XLA_FFI_Buffer *query = argument(frame, QUERY), *key = argument(frame, KEY), *value = argument(frame, VALUE);
@@ -31,8 +60,11 @@ static problem described(const XLA_FFI_CallFrame *frame) {
   problem p = {.B = 1, .T = q[0], .S = k[0], .K = k[1], .G = q[1] / k[1], .H = q[2],
                .E = value->dims[value->rank - 1]};
   for (const int64_t *dim = query->dims; dim < q; dim++) p.B *= *dim;
-  p.query = query->data, p.key = key->data, p.value = value->data;
+  p.query = query->data, p.key = as_operand(key), p.value = as_operand(value);
+  const XLA_FFI_Buffer *caps = argument(frame, CAPS);
+  if (caps->dims[caps->rank - 1] > 0) p.caps = caps->data;
   p.first = argument(frame, FIRST)->data, p.last = argument(frame, LAST)->data;
+  p.shown = as_table(argument(frame, SHOWN), p.B);
   const XLA_FFI_Buffer *segments = argument(frame, QUERY_SEGMENTS);
   if (segments->dims[segments->rank - 1] > 0) {
     p.query_segments = segments->data;
@@ -48,7 +80,8 @@ static void set_partial(problem *p, const XLA_FFI_CallFrame *frame, int n) {
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 2) return refused(frame, "7 operands and 2 results");
+  XLA_FFI_Error *error = misfit(frame, SHOWN + 1, 2);
+  if (error) return error;
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
   forward(&p, &(threads){frame->api, frame->ctx});
@@ -57,7 +90,8 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  if (frame->args.size != KEY_SEGMENTS + 1 || frame->rets.size != 3) return refused(frame, "7 operands and 3 results");
+  XLA_FFI_Error *error = misfit(frame, SHOWN + 1, 3);
+  if (error) return error;
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
   set_partial(&p, frame, 2);
@@ -67,12 +101,14 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_F
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  if (frame->args.size != D_LEVEL + 1 || frame->rets.size != 4) return refused(frame, "11 operands and 4 results");
+  XLA_FFI_Error *error = misfit(frame, D_LEVEL + 1, 5);
+  if (error) return error;
   problem p = described(frame);
   p.output = argument(frame, OUTPUT)->data, p.level = argument(frame, LEVEL)->data;
   p.d_output = argument(frame, D_OUTPUT)->data, p.d_level = argument(frame, D_LEVEL)->data;
   p.d_query = result(frame, 0), p.d_key = result(frame, 1), p.d_value = result(frame, 2);
-  set_partial(&p, frame, 3);
+  p.ratios = result(frame, 3);
+  set_partial(&p, frame, 4);
   backward(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }

@@ -32,7 +32,7 @@ static int failed(const threads *pool, XLA_FFI_Error *error) {
   return 1;
 }
 
-static int64_t pool_size(const threads *pool) {
+int64_t pool_size(const threads *pool) {
   int64_t size = 1;
   XLA_FFI_ThreadPool_NumThreads_Args args = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, 0, pool->context, &size};
   return failed(pool, pool->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : size;

@@ -11,7 +11,9 @@ typedef struct {
   XLA_FFI_ExecutionContext *context;
 } threads;
 
-/* Calls work(context, n) for every n < items and returns when all are done. */
+int64_t pool_size(const threads *pool);
+
+/* Calls work(context, n) for every n < items and returns when all are done. Threads take them in turn. */
 void share(const threads *pool, int64_t items, void (*work)(const void *context, int64_t n), const void *context);
 
 /* `count` arrays of the given sizes, aligned for vectors, in room that the thread keeps until its next call. */

@@ -5,20 +5,34 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "operand.h"
 #include "product.h"
+
+/* Booleans over b, k, g, t and s, each axis of one size with those of the operands, or of size 1 for all of it. */
+typedef struct {
+  const uint8_t *data;
+  int64_t steps[5]; /* from one to the next along each axis; 0 where it has size 1 */
+  int64_t sharing;  /* batch elements, one behind the other, that have the same */
+} table;
 
 /* query, output: B T N H and B T N E; key, value: B S K H and B S K E; N = K G, head n = k G + g.
  * Query t sees keys first[b T + t] to last[b T + t], and of these only those with its segment, unless there are none.
+ * shown: of each pair of a query and a key whether it may be seen, unless there are none.
+ * caps: B, of the logits of each batch element, or none.
  * level: B N T, the log of the sum of exponentials; -inf where no key is seen.
  */
 typedef struct {
   int64_t B, T, S, K, G, H, E;
-  const float *query, *key, *value;
+  const float *query;
+  operand key, value;
+  const float *caps;
   const int32_t *first, *last, *query_segments, *key_segments;
+  table shown;
   float *output, *level;
   const float *d_output, *d_level; /* the cotangents, in a backward pass */
   float *d_query, *d_key, *d_value, *partial;
-  int64_t parts;
+  float *ratios; /* B N T, in a backward pass: sums over keys of the capped logit's cotangent times its ratio to the cap */
+  int64_t parts, threads; /* of dK and dV; that share the items */
 } problem;
 
 INLINE int64_t at_query(const problem *p, int64_t b, int64_t t, int64_t k, int64_t g, int64_t size) {
@@ -30,17 +44,23 @@ INLINE int64_t at_key(const problem *p, int64_t b, int64_t s, int64_t k, int64_t
 INLINE int64_t at_level(const problem *p, int64_t b, int64_t k, int64_t g, int64_t t) {
   return ((b * p->K + k) * p->G + g) * p->T + t;
 }
+INLINE const uint8_t *shown_at(const problem *p, int64_t b, int64_t k, int64_t g, int64_t t, int64_t s) {
+  const int64_t *step = p->shown.steps;
+  return p->shown.data + b / p->shown.sharing * step[0] + k * step[1] + g * step[2] + t * step[3] + s * step[4];
+}
 INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
 INLINE int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-/* Queries of a block, of each of the G heads: few where G is large, so that their state stays in a second-level cache,
+/* Queries of a block, `queries` shared by the G heads: few where G is large, so that their state stays in a second-level cache,
  * and where there would be fewer than ITEMS items to share; by the shapes alone, as the order of all sums is. */
-INLINE int64_t block_of(const problem *p) {
-  int64_t rows = up_to(most(QUERIES / p->G, 1), PANEL);
+INLINE int64_t block_of(const problem *p, int64_t queries) {
+  int64_t rows = up_to(most(queries / p->G, 1), PANEL);
   while (rows > PANEL && p->B * p->K * ((p->T + rows - 1) / rows) < ITEMS) rows = up_to(rows / 2, PANEL);
   return least(rows, up_to(p->T, PANEL));
 }
-INLINE int64_t blocks_of(const problem *p) { return (p->T + block_of(p) - 1) / block_of(p); }
+INLINE int64_t blocks_of(const problem *p, int64_t queries) {
+  return (p->T + block_of(p, queries) - 1) / block_of(p, queries);
+}
 
 #endif

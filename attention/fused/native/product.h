@@ -15,15 +15,14 @@
 
 /* block[i][:] = sum over k < depth of a[i row + k step] b[k width:][:PANEL], k in order. */
 INLINE void product(vec block[ROWS][COLUMNS], int depth, const float *a, int row, int step, const float *b, int width) {
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < COLUMNS; j++) block[i][j] = (vec){0};
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < COLUMNS; j++) block[i][j] = (vec){0};
   for (int k = 0; k < depth; k++, a += step, b += width) {
     vec right[COLUMNS];
-    for (int j = 0; j < COLUMNS; j++) right[j] = load(b + j * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
+    UNROLLED for (int j = 0; j < COLUMNS; j++) right[j] = load(b + j * LANES);
+    UNROLLED for (int i = 0; i < ROWS; i++) {
       vec left = fill(a[i * row]);
-      for (int j = 0; j < COLUMNS; j++) block[i][j] += left * right[j];
+      UNROLLED for (int j = 0; j < COLUMNS; j++) block[i][j] += left * right[j];
     }
   }
 }

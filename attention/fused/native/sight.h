@@ -12,8 +12,9 @@
 typedef struct {
   int32_t first[PANEL], last[PANEL], segment[PANEL]; /* of each query; queries beyond the last repeat it */
   int64_t begin, end;                                /* the keys that any query sees lie in [begin, end) */
-  int64_t shared_begin, shared_end;                  /* those that every query sees, but for segments */
+  int64_t shared_begin, shared_end;                  /* those that every query sees, but for segments and the table */
   int32_t least_segment, most_segment;
+  int64_t k, g, start; /* the head, and the first query */
 } sight;
 
 /* What is read of the tile of keys from `start` on, in whole rows of a block. */
@@ -21,8 +22,13 @@ typedef struct {
   int begin, end, masked;
 } stretch;
 
-INLINE sight sight_of(const problem *p, int64_t b, int64_t start) {
+typedef struct {
+  int begin, end;
+} span;
+
+INLINE sight sight_of(const problem *p, int64_t b, int64_t k, int64_t g, int64_t start) {
   sight s = {.begin = p->S, .shared_end = p->S, .least_segment = INT32_MAX, .most_segment = INT32_MIN};
+  s.k = k, s.g = g, s.start = start;
   for (int i = 0; i < PANEL; i++) {
     int64_t at = b * p->T + least(start + i, p->T - 1);
     int32_t first = s.first[i] = p->first[at], last = s.last[i] = p->last[at];
@@ -53,19 +59,48 @@ INLINE stretch stretch_of(const problem *p, const sight *s, int64_t start, const
   int64_t begin = most(s->begin - start, 0) / ROWS * ROWS, end = least(s->end - start, KEYS);
   int segments = p->key_segments && !(s->least_segment == s->most_segment && range[0] == range[1]);
   if (p->key_segments && (range[1] < s->least_segment || s->most_segment < range[0])) end = 0;
-  int masked = segments || start + begin < s->shared_begin || start + up_to(end, ROWS) > s->shared_end;
+  int masked = p->shown.data || segments || start + begin < s->shared_begin || start + up_to(end, ROWS) > s->shared_end;
   return (stretch){(int)begin, (int)up_to(end, ROWS), masked};
+}
+
+/* What of a stretch as many queries see as a block has rows, from `row` on of a panel, but for segments. */
+INLINE span keys_of_rows(const sight *s, int row, int64_t start, stretch keys) {
+  if (!keys.masked) return (span){keys.begin, keys.end};
+  int64_t begin = keys.end, end = keys.begin;
+  for (int i = row; i < row + ROWS; i++) {
+    if (s->first[i] > s->last[i]) continue;
+    begin = least(begin, s->first[i] - start), end = most(end, s->last[i] + 1 - start);
+  }
+  return (span){(int)most(begin, keys.begin), (int)least(end, keys.end)};
+}
+
+/* The queries of a panel that see any of as many keys as a block has rows, but for segments; those between them too. */
+INLINE span rows_of_keys(const sight *s, int64_t key) {
+  span rows = {0, PANEL};
+  if (s->shared_begin <= key && key + ROWS <= s->shared_end) return rows;
+  while (rows.begin < rows.end && (s->first[rows.begin] >= key + ROWS || s->last[rows.begin] < key)) rows.begin++;
+  while (rows.begin < rows.end && (s->first[rows.end - 1] >= key + ROWS || s->last[rows.end - 1] < key)) rows.end--;
+  return rows;
+}
+
+/* All ones for each query of a panel that may see a key by the table. */
+INLINE void shown_to(const problem *p, const sight *s, int64_t b, int64_t key, int32_t shown[PANEL]) {
+  for (int q = 0; q < PANEL; q++)
+    shown[q] = -(int32_t)*shown_at(p, b, s->k, s->g, least(s->start + q, p->T - 1), least(key, p->S - 1));
 }
 
 /* -inf in place of the logits of keys from `key` on that a query does not see. */
 INLINE void hide(const problem *p, const sight *s, int64_t b, int64_t key, vec logits[ROWS][COLUMNS]) {
-  for (int j = 0; j < COLUMNS; j++) {
+  int32_t shown[ROWS][PANEL];
+  for (int i = 0; p->shown.data && i < ROWS; i++) shown_to(p, s, b, key + i, shown[i]);
+  UNROLLED for (int j = 0; j < COLUMNS; j++) {
     ivec first = load_integers(s->first + j * LANES), last = load_integers(s->last + j * LANES);
     ivec segment = load_integers(s->segment + j * LANES);
-    for (int i = 0; i < ROWS; i++) {
+    UNROLLED for (int i = 0; i < ROWS; i++) {
       int32_t here = (int32_t)key + i;
       ivec seen = (first <= here) & (last >= here);
       if (p->key_segments) seen &= segment == p->key_segments[b * p->S + least(here, p->S - 1)];
+      if (p->shown.data) seen &= load_integers(shown[i] + j * LANES);
       logits[i][j] = pick(seen, logits[i][j], fill(-INFINITY));
     }
   }

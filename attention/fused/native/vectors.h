@@ -23,6 +23,7 @@
 #define LN2 0.69314718055994530942f
 #define BYTES (4 * LANES)
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16") /* a loop over registers: whole, or an array of them lies in memory */
 
 typedef float vec __attribute__((vector_size(BYTES)));
 typedef int32_t ivec __attribute__((vector_size(BYTES)));
@@ -50,6 +51,20 @@ INLINE vec larger(vec x, vec y) {
 #endif
 }
 
+/* 0 in place of -inf. */
+INLINE vec or_zero(vec x) { return pick(x == -INFINITY, fill(0), x); }
+
+/* Whether any lane of a mask is set. */
+INLINE int any(ivec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < LANES; i++) found |= mask[i];
+  return found;
+#endif
+}
+
 /* The sum of all lanes, by halves. */
 INLINE float sum(vec x) {
 #if defined(__AVX512F__)
@@ -74,8 +89,7 @@ INLINE vec power(vec y) {
   const vec rounds = fill(12582912.0f);
   y = larger(fill(-127.0f), y);
   vec n = (y + rounds) - rounds, f = y - n, total = fill(coefficients[degree]);
-#pragma GCC unroll 8
-  for (int i = degree - 1; i >= 0; i--) total = total * f + coefficients[i];
+  UNROLLED for (int i = degree - 1; i >= 0; i--) total = total * f + coefficients[i];
   return (vec)((ivec)total + (__builtin_convertvector(n, ivec) << 23));
 }
 
