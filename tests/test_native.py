@@ -155,7 +155,7 @@ def test_a_cap_has_a_gradient():
 
     ours = jax.jit(jax.grad(loss), static_argnums=1)(cap, NATIVE, single)
     with jax.enable_x64(True):
-        theirs = jax.jit(jax.grad(loss), static_argnums=1)(
+        theirs = float(jax.jit(jax.grad(loss), static_argnums=1)()
             cap.astype(np.float64), Exact(), Case(*map(np.float64, single))
         )
     # A row's dS is off by at most 5 b |d| |v| in all, where b is how far its weights move (see test_fused.py; one more
