@@ -155,9 +155,8 @@ def test_a_cap_has_a_gradient():
 
     ours = jax.jit(jax.grad(loss), static_argnums=1)(cap, NATIVE, single)
     with jax.enable_x64(True):
-        theirs = float(jax.jit(jax.grad(loss), static_argnums=1)()
-            cap.astype(np.float64), Exact(), Case(*map(np.float64, single))
-        )
+        double = Case(*map(np.float64, single))
+        theirs = float(jax.jit(jax.grad(loss), static_argnums=1)(cap.astype(np.float64), Exact(), double))
     # A row's dS is off by at most 5 b |d| |v| in all, where b is how far its weights move (see test_fused.py; one more
     # for the hyperbolic tangent), and each is multiplied by no more than twice |q| |k| beta / cap.
     d, v, q, k = (np.linalg.norm(x, axis=-1).max() for x in (cotangent, case.value, case.query, case.key))
