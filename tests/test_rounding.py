@@ -39,7 +39,7 @@ FORMS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     ({"is_causal": True}, ("segments", "lengths")),
     ({}, ("dense", "bias", "cap", "lengths")),
     ({}, ("segments", "dense", "scale")),
-    ({"is_causal": True}, ("cap", "lengths")),  # for the kernel in C, which takes no dense mask and no bias
+    ({"is_causal": True}, ("cap", "lengths")),  # for the kernel in C, which takes no bias
 )
 FOR_ALL = len(FORMS) - 1
 
@@ -190,7 +190,7 @@ def test_no_error_is_above_its_bound(index, record_property):
         assert max(worst) > 1e-3, f"{name}: a bound a thousand times too wide says little"
 
 
-# Few and many queries, in one panel and in more; keys of a tile with its neighbours; all masks that it takes.
+# Few and many queries, in one panel and in more; keys of a tile with its neighbours; all that it takes.
 NATIVE = (
     (1, KEYS - 1, 2, "float32"),
     (8, KEYS + 1, 5, "float32"),
@@ -198,6 +198,7 @@ NATIVE = (
     (33, 131, 3, "float32"),
     (8, KEYS + 1, 8, "float32"),
     (65, 257, 8, "float32"),
+    (9, KEYS - 1, 7, "bfloat16"),
     (3, KEYS + 1, 1, "bfloat16"),
     (33, 131, 5, "bfloat16"),
     (2, 37, 3, "float16"),
