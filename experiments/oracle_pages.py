@@ -10,6 +10,7 @@ from attention.inputs import prepare
 from attention.rounding import CALM
 from attention.sparse.by_pages import head_of, planned
 from attention.sparse.heads import apart
+from attention.sparse.online import begun
 from attention.sparse.plan import limits
 
 
@@ -26,7 +27,8 @@ def looked_at(operands, temperature, method: attention.Certified):
     own = jax.tree.map(lambda x: x[0, 0], limits(inputs, method.page, rescalings=0, fixed_shift=CALM))
     width = apart(value.astype(query.dtype), jnp.ones(len(value), bool))
     own = own._replace(width=jnp.full_like(own.width, width))
-    chosen = planned(head, query, jnp.arange(query.shape[1]), own, method.options).plan
+    nothing = begun(own.size.reshape(-1), len(head.across))
+    chosen = planned(head, query, jnp.arange(query.shape[1]), own, nothing, method.options).plan
     output, certificate = attention.certified_attention(*operands, temperature=temperature, method=method)
     exact = attention.dot_product_attention(*operands, temperature=temperature)[0, :, 0]
     error = jnp.linalg.norm(output[0, :, 0] - exact, axis=-1)

@@ -20,7 +20,7 @@ from attention.inputs import Inputs
 from attention.rounding import Sizes, calm_limit, norms, product, rounding_bound, roundoff, sizes
 from attention.sparse.bounds import odds_rounding, value_reach
 from attention.sparse.moments import Moments
-from attention.sparse.visible import Edge, Visible
+from attention.sparse.visible import Visible
 
 Reach = Callable[[Array, Moments], Array]
 
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
         read: whether the keys of the page are read.
         mean: whether the page is replaced by its means.
         logits: q.c.
-        top: the largest logit of a mean of keys that the query sees; 0 where none is known.
+        top: the largest logit of a mean of keys that the query sees, or what was known; 0 where neither is.
         error: an upper bound on |sum over replaced pages of the difference of weighted values - o|.
         mass: an upper bound on the sum of e^{l} over the keys of replaced pages.
     """
@@ -95,7 +95,7 @@ def plan(
     query: Float[Array, "G T H"],
     pages: Moments,
     visible: Visible,
-    edge: Edge,
+    known: Float[Array, "G T"],
     own: Limits,
     *,
     size: int,
@@ -104,8 +104,9 @@ def plan(
 ) -> Plan:
     """The plan of a tile of queries of one head, for pages of `size` keys.
 
-    The budget is tolerance times a lower bound on diam(V), that of `own` or the width of a page that the query sees
-    whole, less what rounding may take; shares of the error up to a threshold go to the means, the others are read.
+    `known` is the log of a sum of e^l over keys of other pages, which is no more than the true one. The budget is
+    tolerance times a lower bound on diam(V), that of `own` or the width of a page that the query sees whole, less what
+    rounding may take; shares of the error up to a threshold go to the means, the others are read.
 
     Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
     """
@@ -114,12 +115,11 @@ def plan(
         x.reshape(-1, 1, 1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
     )
     logits = product("GTH,PH->PGT", query, pages.key)
-    part = jnp.where(edge.count > 0, (query * edge.mean[None]).sum(-1), -jnp.inf)
-    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), part)
+    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), known)
     top = jnp.where(jnp.isfinite(top), top, 0)
     exponent, R = logits - top[None], reach(query, pages)
     near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
-    total = size * near.sum(0) + edge.count[None] * jnp.exp(part - top)
+    total = size * near.sum(0) + jnp.exp(known - top)
     second = _remainder(near, exponent, R) * jnp.minimum(spread * length**2, R**2)
     shift = key_shift * length * (diameter + value_shift) + value_shift
     share = size * (second * diameter + _positive(near) * (coupling * length + shift))
