@@ -26,7 +26,7 @@ def attended(inputs: Inputs, options: Options, *, defined: bool) -> Result:
     options = options._replace(rows=min(T, max(1, options.rows // G)))
     inputs = padded(inputs, options.rows, options.page * min(P, max(1, by_pages.LATE_READ // options.page)))
     size = block(P, options.page, by_pages.READ)
-    rescalings = inputs.mask.num_keys // size + 1
+    rescalings = inputs.mask.num_keys // size + 2  # by each block, the means and the diagonal
     bounds = lax.stop_gradient(limits(inputs, options.page, rescalings=rescalings, fixed_shift=CALM))
 
     def head(n):

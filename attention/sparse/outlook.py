@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from attention.inputs import Inputs
-from attention.rounding import norms, product
+from attention.rounding import product
 from attention.sparse.plan import Limits, threshold
 from attention.sparse.visible import first_keys, first_rows, spaced
 
@@ -30,7 +30,7 @@ def hopeless(part: Inputs, own: Limits, page: int, width, tolerance: float) -> B
     spread = jnp.maximum((keys**2).mean((1, 2)) - (centre**2).mean(1), 0)
     logits = jnp.where(whole[:, None], product("PH,QH->PQ", centre, query), -jnp.inf)
     weights = jnp.exp(logits - logits.max(0)[None])
-    share = weights * spread[:, None] * (norms(query) ** 2 * own.diameter / 2)[None]
+    share = weights * spread[:, None] * (own.length**2 * own.diameter / 2)[None]
     budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * weights.sum(0)
     read = share > threshold(share, budget)[None]
     return ~((read & whole[:, None]).mean() <= MOST * whole.mean())

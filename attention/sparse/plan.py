@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float
 
 from attention.exponential import power, unit
 from attention.inputs import Inputs
-from attention.rounding import Sizes, calm_limit, norms, product, rounding_bound, roundoff, sizes
+from attention.rounding import Sizes, calm_limit, product, rounding_bound, roundoff, sizes
 from attention.sparse.bounds import odds_rounding, value_reach
 from attention.sparse.moments import Moments
 from attention.sparse.visible import Visible
 
-Reach = Callable[[Array, Moments], Array]
+Reach = Callable[[Array, Array, Moments], Array]
 
 
 class Limits(NamedTuple):
@@ -33,6 +33,7 @@ class Limits(NamedTuple):
         rounding: the error of attention to the keys that are read and to the means, in floating point.
         odds: the factor by which rounding can change the ratio of two sums of exponentials.
         size: an upper bound on the size of the logits.
+        length: |q|.
         width: a lower bound on the largest distance of two values that it sees, as far as one is known before pages.
     """
 
@@ -40,6 +41,7 @@ class Limits(NamedTuple):
     rounding: Float[Array, "*B G T"]
     odds: Float[Array, "*B G T"]
     size: Float[Array, "*B G T"]
+    length: Float[Array, "*B G T"]
     width: Float[Array, "*B G T"]
 
 
@@ -87,6 +89,7 @@ def limits_of(
         # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
         odds=odds_rounding(of, rescalings=rescalings, share=1 + (page + 8) / of.head),
         size=calm_limit(of),
+        length=of.query,
         width=jnp.zeros_like(of.query),
     )
 
@@ -110,14 +113,14 @@ def plan(
 
     Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
     """
-    whole, length, diameter = visible.whole, norms(query)[None], own.diameter[None]
+    whole, length, diameter = visible.whole, own.length[None], own.diameter[None]
     spread, coupling, width, key_shift, value_shift = (
         x.reshape(-1, 1, 1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
     )
     logits = product("GTH,PH->PGT", query, pages.key)
     top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), known)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    exponent, R = logits - top[None], reach(query, pages)
+    exponent, R = logits - top[None], reach(query, own.length, pages)
     near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
     total = size * near.sum(0) + jnp.exp(known - top)
     second = _remainder(near, exponent, R) * jnp.minimum(spread * length**2, R**2)
