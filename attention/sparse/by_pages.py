@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.inputs import Inputs
 from attention.sparse import diagonal
 from attention.sparse.bounds import REACH
-from attention.sparse.moments import moments
+from attention.sparse.moments import Moments, moments
 from attention.sparse.online import Partial, across, begun, finished, resumed
 from attention.sparse.plan import Limits, Plan, plan
 from attention.sparse.reading import Found, Head, Rows, definition, online
@@ -50,11 +50,12 @@ class Result(NamedTuple):
     seen: Float[Array, ""]
 
 
-def head_of(part: Inputs, options: Options) -> Head:
-    """What the tiles of a key head read from."""
+def head_of(part: Inputs, options: Options, pages: Moments | None = None) -> Head:
+    """What the tiles of a key head read from; of pages that no row sees whole the moments may be anything finite."""
     dtype = part.query.dtype
     key, value = (x[0, 0].astype(dtype) for x in (part.key, part.value))
-    pages = moments(key, value, options.page, bound=options.bound)
+    if pages is None:
+        pages = moments(key, value, options.page, bound=options.bound)
     return Head(part, pages, across(value, dtype), options.page)
 
 
@@ -63,7 +64,7 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
     G, T = head.part.query.shape[2:4]
     size = block(len(head.pages.width), options.page, READ)
     most = T // LATE if head.part.mask.num_keys > MANY else 0
-    near = diagonal.keys(head.part.mask, options.rows, options.page) * G * options.rows
+    fixed = diagonal.keys(head.part.mask, options.rows, options.page) * G * options.rows
 
     def tile(head, before, i):
         rows = _tile(head, own, options, i * options.rows)
@@ -73,17 +74,18 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
         late &= number <= most
         rows = rows._replace(plan=_without(rows.plan, late))
         found = online(head, rows, size)
-        numbers = found.output, *_certified(rows, found), late, found.residual + rows.plan.top
-        return (number[:, -1], RARE * wide.sum(1) <= options.rows), (*numbers, found.read + near, found.seen + near)
+        near = (x.reshape(late.shape) for x in (rows.begun.level, rows.begun.sums[-1]))
+        numbers = found.output, *_certified(rows, found), late, *near
+        return (number[:, -1], RARE * wide.sum(1) <= options.rows), (*numbers, found.read + fixed, found.seen + fixed)
 
     before, parts = (jnp.zeros(G, jnp.int32), jnp.zeros(G, bool)), []
     for part, tiles in _spans(head, options):
         before, found = lax.scan(functools.partial(tile, part), before, tiles)
         parts.append(found)
     *numbers, read, seen = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    *results, late, residual = (_joined(x) for x in numbers)
+    *results, late, level, total = (_joined(x) for x in numbers)
     if most:
-        results, more = _late(head, own, options, results, late, residual)
+        results, more = _late(head, own, options, results, late, (level, total))
         read = read.sum() + more
     return Result(*results, jnp.minimum(read.sum(), seen.sum()), seen.sum())
 
@@ -114,10 +116,10 @@ def defined(head: Head, own: Limits, options: Options) -> Float[Array, "G T E"]:
     return _joined(lax.map(jax.checkpoint(tile), jnp.arange(head.part.mask.num_queries // options.rows)))
 
 
-def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[Array, "G T"], residual):
+def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[Array, "G T"], near):
     """The results with those of late rows, of any query heads, and the pairs that these read.
 
-    What their tiles found, and the logs of its sums, are those of the keys around the diagonal.
+    Their tiles found what the keys around the diagonal add up to; `near` has the levels and the sums of its weights.
     """
     G, T, H = head.part.query.shape[2:]
     size, N = block(len(head.pages.width), options.page, LATE_READ), G * T
@@ -125,14 +127,14 @@ def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[A
     order = jnp.nonzero(late.T.reshape(-1), size=-(-(N // LATE) // LATE_ROWS) * LATE_ROWS, fill_value=N)[0]
     order = jnp.where(order < N, order % G * T + order // G, N)
     query, limits = head.part.query[0, 0].reshape(1, N, H), Limits(*(x.reshape(1, N) for x in own))
-    near = results[0].reshape(N, -1), residual.reshape(N)
+    near = *(x.reshape(N) for x in near), results[0].reshape(N, -1)
 
     def some(i, carry):
         results, read = carry
         n = lax.dynamic_slice_in_dim(order, i * LATE_ROWS, LATE_ROWS)
         each = n.clip(0, N - 1)
         mine = Limits(*(x[:, each] for x in limits))
-        sofar = resumed(mine.size[0], *(x[each] for x in near))
+        sofar = resumed(*(x[each] for x in near))
         rows = planned(head, query[:, each], each % T, mine, sofar, options)
         rows = rows._replace(plan=_without(rows.plan, (n == N)[None]))
         found = online(head, rows, size)

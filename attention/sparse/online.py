@@ -28,11 +28,9 @@ def begun(size: Float[Array, " N"], entries: int) -> Partial:
     return Partial(level, jnp.zeros((entries, len(size)), size.dtype))
 
 
-def resumed(size: Float[Array, " N"], output: Float[Array, "N E"], residual: Float[Array, " N"]) -> Partial:
-    """What was `finished`, to go on with."""
-    level = jnp.where(size <= CALM, size, residual)
-    total = jnp.exp(residual - finite(level))
-    return Partial(level * unit(size.dtype), jnp.concatenate([output.T * total[None], total[None]]))
+def resumed(level: Float[Array, " N"], total: Float[Array, " N"], output: Float[Array, "N E"]) -> Partial:
+    """What was `finished`, to go on with: from its level, the sum of its weights and its output."""
+    return Partial(level, jnp.concatenate([output.T * total[None], total[None]]))
 
 
 def added(

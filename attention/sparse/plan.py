@@ -67,9 +67,9 @@ class Plan(NamedTuple):
     mass: Float[Array, "G T"]
 
 
-def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) -> Limits:
-    """The limits of every query, by prefixes of the keys; `rescalings` and `fixed_shift` as in `rounding_bound`."""
-    return limits_of(sizes(inputs), value_reach(inputs), page, rescalings=rescalings, fixed_shift=fixed_shift)
+def limits(inputs: Inputs, page: int, **rounding) -> Limits:
+    """The limits of every query, by prefixes of the keys; `rounding` is what `limits_of` takes by name."""
+    return limits_of(sizes(inputs), value_reach(inputs), page, **rounding)
 
 
 def limits_of(
@@ -81,7 +81,7 @@ def limits_of(
     fixed_shift: float,
     depth: int | None = None,
 ) -> Limits:
-    """The same from the sizes, and from how far the values are apart at most; `depth` as in `rounding_bound`."""
+    """The same from the sizes, and from how far the values are apart at most; the rest is as in `rounding_bound`."""
     means = 2 * (page + 8) * roundoff(of.query.dtype) * of.value
     return Limits(
         diameter=jnp.broadcast_to(reach + means, of.query.shape),
