@@ -36,6 +36,8 @@ class Certified(Method):
     nothing. Pages that are seen in part, and all pages under a bias, a soft cap or a dense mask, are read. A row's
     pages depend on what it sees alone.
 
+    Where attention is causal, a tile reads the keys around its diagonal first, and its plan knows what they add up to.
+
     Where all queries of a head see the same keys, the head decides for all its rows, before it makes a moment. If there
     are more than about twice (H + 2 choose 2) keys and the logits are small, it takes them all at once: their moments
     up to the second for e^{q.k}, and every key for the few rows whose bound is above the tolerance
@@ -47,6 +49,7 @@ class Certified(Method):
 
     In decoding, the state keeps the moments of whole pages, made as a page fills, and the largest norms. A step of one
     token plans from these and copies the pages that it reads, and no others; it has derivatives in forward mode alone.
+    Several tokens take the moments that are kept and pass over all keys once for the largest norms.
 
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
@@ -131,7 +134,7 @@ class Certified(Method):
         return longer, ungrouped(output, query).astype(query.dtype)
 
     def attend_state(self, operands: tuple[Inputs, SummarisedCache]) -> Float[Array, "B K G T E"]:
-        """The output over a decoding state: of one query from the moments that it keeps, of more from its keys."""
+        """The output over a decoding state, from the moments that it keeps: of one query, or of several as tiles."""
         inputs, state = operands
         if inputs.mask.num_queries == 1:
             query, mask, cap = inputs.query[:, :, :, 0], inputs.mask, inputs.soft_cap
