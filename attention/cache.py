@@ -103,31 +103,9 @@ class Cached(Method, register=False):
         return KeyValueCache.empty(batch, num_kv_heads, head_dim, max_length, dtype)
 
     def extend(
-        self,
-        state: KeyValueCache,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        scale: Any = None,
-        temperature: Any = 1.0,
-        logits_soft_cap: Any = None,
-        local_window_size: Any = None,
-        params: Any = None,
-        rng: Any = None,
+        self, state: KeyValueCache, query: Array, key: Array, value: Array, **options: Any
     ) -> tuple[KeyValueCache, Array]:
-        new = prepare_tokens(
-            self,
-            query,
-            key,
-            value,
-            scale=scale,
-            temperature=temperature,
-            logits_soft_cap=logits_soft_cap,
-            local_window_size=local_window_size,
-            params=params,
-            rng=rng,
-        )
+        new = prepare_tokens(self, query, key, value, **options)
         longer = state.append(*(jnp.swapaxes(x, 1, 2) for x in (new.key, new.value)))
         mask = mask_of_tokens(new.mask, state.length, longer.length, longer.max_length)
         key, value = (jnp.swapaxes(x, 1, 2) for x in (longer.key, longer.value))

@@ -155,13 +155,37 @@ def prepare(
     return emptied(inputs)
 
 
-def prepare_tokens(method: Method, query, key, value, **options) -> Inputs:
-    """`prepare` for T new tokens of a causal sequence, as many queries as keys.
+def prepare_tokens(
+    method: Method,
+    query,
+    key,
+    value,
+    *,
+    scale=None,
+    temperature=1.0,
+    logits_soft_cap=None,
+    local_window_size=None,
+    params=None,
+    rng=None,
+) -> Inputs:
+    """`prepare` for T new tokens of a causal sequence, as many queries as keys, with the options that `extend` takes.
 
     Raises:
-        As `prepare`; ValueError also where the numbers differ.
+        As `prepare`; ValueError also where the numbers differ, TypeError for an option that a state could not keep.
     """
-    inputs = prepare(method, query, key, value, is_causal=True, **options)
+    inputs = prepare(
+        method,
+        query,
+        key,
+        value,
+        is_causal=True,
+        scale=scale,
+        temperature=temperature,
+        logits_soft_cap=logits_soft_cap,
+        local_window_size=local_window_size,
+        params=params,
+        rng=rng,
+    )
     if inputs.mask.num_queries != inputs.mask.num_keys:
         counts = f"{inputs.mask.num_queries} queries and {inputs.mask.num_keys} keys"
         raise ValueError(f"extend: query and key have {counts}; expected as many of both")
