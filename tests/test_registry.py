@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import attention
@@ -104,3 +105,13 @@ def test_two_classes_cannot_share_a_name():
 def test_a_missing_name_is_a_key_error():
     with pytest.raises(KeyError, match="did you mean 'exact'"):
         attention.METHODS["exat"]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in attention.METHODS.items() if kind.capabilities.decoding])
+def test_decoding_refuses_an_option_that_its_state_could_not_keep(name):
+    """Segments of the tokens before are not in any state: they are no option, and not one that is dropped."""
+    method, tokens = attention.METHODS[name](), jnp.zeros((1, 1, 1, 8))
+    state = method.init_state(1, 1, 8, 4, jnp.float32, num_heads=1)
+    segments = {"query_segment_ids": jnp.zeros((1, 1), int), "key_value_segment_ids": jnp.zeros((1, 1), int)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'query_segment_ids'"):
+        method.extend(state, tokens, tokens, tokens, **segments)

@@ -20,23 +20,24 @@ from attention.rounding import (
 from attention.sparse.moments import Moments, outward
 
 
-def ball(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
+def ball(query: Float[Array, "*B T H"], length: Float[Array, "*B T"], pages: Moments) -> Float[Array, "P *B T"]:
     r"""|q| max_j |k_j - c_p|, which no |q.(k_j - c_p)| exceeds; rounded outward. No product: T P operations."""
     wide = outward(query.dtype, query.shape[-1])
-    return wide * norms(query)[None] * _first(pages.radius, query)
+    return wide * length[None] * _first(pages.radius, query)
 
 
-def box(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
+def box(query: Float[Array, "*B T H"], length: Float[Array, "*B T"], pages: Moments) -> Float[Array, "P *B T"]:
     r"""sum_h |q_h| max_j |k_jh - c_ph|, which no |q.(k_j - c_p)| exceeds; rounded outward. 2 T P H operations.
 
     References:
         Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774, 3.2.
     """
     assert pages.half is not None, "moments(bound='box')"
+    del length
     return _above(product("...th,ph->p...t", jnp.abs(query), pages.half), query)
 
 
-def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B T"]:
+def sketch(query: Float[Array, "*B T H"], length: Float[Array, "*B T"], pages: Moments) -> Float[Array, "P *B T"]:
     r"""sum_r |U_r.q| max_j |U_r.y_j| + |q - U U^T q| max_j |y_j - U U^T y_j|, y_j = k_j - c_p, U the page's basis.
 
     With A = I - U U^T, q.y = (U^T q).(U^T y) + q.A y and q.A y = (A q).(A y) + q.(A - A^2) y, where A - A^2 =
@@ -50,12 +51,12 @@ def sketch(query: Float[Array, "*B T H"], pages: Moments) -> Float[Array, "P *B 
     r = basis.shape[-1]
     along = product("...th,phr->p...tr", query, basis)
     rest = query[None] - product("p...tr,phr->p...th", along, basis)
-    u, length = product_roundoff(query.dtype), norms(query)[None]
+    u = product_roundoff(query.dtype)
     gram = product("phr,phs->prs", basis, basis)
     defect = jnp.linalg.norm(gram - jnp.eye(r, dtype=gram.dtype)[None], axis=(-2, -1)) + 2 * r * query.shape[-1] * u
     lost = (1 + defect) * defect + 2 * query.shape[-1] * (r + 2) * u
     inside = product("p...tr,pr->p...t", jnp.abs(along), across)
-    reach = inside + norms(rest) * _first(remote, query) + length * _first(lost * pages.radius, query)
+    reach = inside + norms(rest) * _first(remote, query) + length[None] * _first(lost * pages.radius, query)
     return _above(reach, query)
 
 
@@ -69,7 +70,7 @@ def _above(reach: Float[Array, "P *B T"], query: Float[Array, "*B T H"]) -> Floa
     return reach * (1 + 2 * query.shape[-1] * product_roundoff(query.dtype)) * outward(query.dtype, 0)
 
 
-# Upper bounds on max_j |q.(k_j - c_p)|, interchangeable: all are sound, they differ in cost and tightness.
+# Upper bounds on max_j |q.(k_j - c_p)| from q and |q|, interchangeable: all sound, they differ in cost and tightness.
 REACH = {"ball": ball, "box": box, "sketch": sketch}
 
 

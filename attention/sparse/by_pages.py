@@ -14,13 +14,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.inputs import Inputs
+from attention.sparse import diagonal
 from attention.sparse.bounds import REACH
-from attention.sparse.moments import moments
-from attention.sparse.online import across
+from attention.sparse.moments import Moments, moments
+from attention.sparse.online import Partial, across, begun, finished, resumed
 from attention.sparse.plan import Limits, Plan, plan
 from attention.sparse.reading import Found, Head, Rows, definition, online
 from attention.sparse.rows import block, divisor
-from attention.sparse.visible import edges, growing_means, visible_pages
+from attention.sparse.visible import Visible, visible_pages
 
 READ = 256  # keys of a block: with 512 rows a product of less would run on one thread of a CPU
 MANY = 256  # keys in whole pages, beyond which a row is late
@@ -49,12 +50,13 @@ class Result(NamedTuple):
     seen: Float[Array, ""]
 
 
-def head_of(part: Inputs, options: Options) -> Head:
-    """What the tiles of a key head read from."""
+def head_of(part: Inputs, options: Options, pages: Moments | None = None) -> Head:
+    """What the tiles of a key head read from; of pages that no row sees whole the moments may be anything finite."""
     dtype = part.query.dtype
     key, value = (x[0, 0].astype(dtype) for x in (part.key, part.value))
-    pages = moments(key, value, options.page, bound=options.bound)
-    return Head(part, pages, growing_means(key, options.page), across(value, dtype), options.page)
+    if pages is None:
+        pages = moments(key, value, options.page, bound=options.bound)
+    return Head(part, pages, across(value, dtype), options.page)
 
 
 def attended(head: Head, own: Limits, options: Options) -> Result:
@@ -62,33 +64,35 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
     G, T = head.part.query.shape[2:4]
     size = block(len(head.pages.width), options.page, READ)
     most = T // LATE if head.part.mask.num_keys > MANY else 0
+    fixed = diagonal.keys(head.part.mask, options.rows, options.page) * G * options.rows
 
     def tile(head, before, i):
         rows = _tile(head, own, options, i * options.rows)
         (number, rare), wide = before, (rows.plan.read & rows.visible.whole).sum(0) * options.page > MANY
         late = wide & rare[:, None]
-        number = number[:, None] + jnp.cumsum(late, axis=1, dtype=jnp.int32)
+        number = number[:, None] + _counted(late)
         late &= number <= most
         rows = rows._replace(plan=_without(rows.plan, late))
         found = online(head, rows, size)
-        return (number[:, -1], RARE * wide.sum(1) <= options.rows), (
-            found.output,
-            *_certified(rows, found),
-            late,
-            found.read,
-            found.seen,
-        )
+        near = (x.reshape(late.shape) for x in (rows.begun.level, rows.begun.sums[-1]))
+        numbers = found.output, *_certified(rows, found), late, *near
+        return (number[:, -1], RARE * wide.sum(1) <= options.rows), (*numbers, found.read + fixed, found.seen + fixed)
 
     before, parts = (jnp.zeros(G, jnp.int32), jnp.zeros(G, bool)), []
     for part, tiles in _spans(head, options):
         before, found = lax.scan(functools.partial(tile, part), before, tiles)
         parts.append(found)
     *numbers, read, seen = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    *results, late = (_joined(x) for x in numbers)
+    *results, late, level, total = (_joined(x) for x in numbers)
     if most:
-        results, more = _late(head, own, options, results, late)
+        results, more = _late(head, own, options, results, late, (level, total))
         read = read.sum() + more
     return Result(*results, jnp.minimum(read.sum(), seen.sum()), seen.sum())
+
+
+def _counted(which: Bool[Array, "G R"]) -> Int[Array, "G R"]:
+    """How many up to each: in log2(R) steps, where a cumulative sum on a CPU takes R^2 operations."""
+    return lax.associative_scan(jnp.add, which.astype(jnp.int32), axis=1)
 
 
 def _spans(head: Head, options: Options) -> list[tuple[Head, Int[Array, " n"]]]:
@@ -112,20 +116,26 @@ def defined(head: Head, own: Limits, options: Options) -> Float[Array, "G T E"]:
     return _joined(lax.map(jax.checkpoint(tile), jnp.arange(head.part.mask.num_queries // options.rows)))
 
 
-def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[Array, "G T"]):
-    """The results with those of late rows, of any query heads, and the pairs that these read."""
+def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[Array, "G T"], near):
+    """The results with those of late rows, of any query heads, and the pairs that these read.
+
+    Their tiles found what the keys around the diagonal add up to; `near` has the levels and the sums of its weights.
+    """
     G, T, H = head.part.query.shape[2:]
     size, N = block(len(head.pages.width), options.page, LATE_READ), G * T
     # By time and then by head, so that a row's place says nothing of what comes after it.
     order = jnp.nonzero(late.T.reshape(-1), size=-(-(N // LATE) // LATE_ROWS) * LATE_ROWS, fill_value=N)[0]
     order = jnp.where(order < N, order % G * T + order // G, N)
     query, limits = head.part.query[0, 0].reshape(1, N, H), Limits(*(x.reshape(1, N) for x in own))
+    near = *(x.reshape(N) for x in near), results[0].reshape(N, -1)
 
     def some(i, carry):
         results, read = carry
         n = lax.dynamic_slice_in_dim(order, i * LATE_ROWS, LATE_ROWS)
         each = n.clip(0, N - 1)
-        rows = planned(head, query[:, each], each % T, Limits(*(x[:, each] for x in limits)), options)
+        mine = Limits(*(x[:, each] for x in limits))
+        sofar = resumed(*(x[each] for x in near))
+        rows = planned(head, query[:, each], each % T, mine, sofar, options)
         rows = rows._replace(plan=_without(rows.plan, (n == N)[None]))
         found = online(head, rows, size)
         new = (found.output, *_certified(rows, found))
@@ -140,21 +150,28 @@ def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[A
 def _tile(head: Head, own: Limits, options: Options, row) -> Rows:
     """The rows of a tile and their plan."""
     query, *limits = (lax.dynamic_slice_in_dim(x, row, options.rows, axis=1) for x in (head.part.query[0, 0], *own))
-    return planned(head, query, row + jnp.arange(options.rows), Limits(*limits), options)
+    size, across = limits[Limits._fields.index("size")].reshape(-1), lax.stop_gradient(head.across)
+    sofar = begun(size, len(across))
+    if diagonal.keys(head.part.mask, options.rows, options.page):
+        flat = lax.stop_gradient(query).reshape(len(size), -1).T
+        part = lax.stop_gradient(head.part)
+        sofar = diagonal.read(sofar, part, across, flat, size, row, options.rows, options.page)
+    return planned(head, query, row + jnp.arange(options.rows), Limits(*limits), sofar, options)
 
 
-def planned(head: Head, query, at, own: Limits, options: Options) -> Rows:
-    """The plan of some rows; it has no derivative."""
-    pages, growing, still = lax.stop_gradient((head.pages, head.growing, query))
-    visible = visible_pages(head.part.mask, at, len(head.pages.width), options.page)
-    edge = edges(visible, growing, options.page)
+def planned(head: Head, query, at, own: Limits, sofar: Partial, options: Options) -> Rows:
+    """The plan of some rows, of which `sofar` has been read; it has no derivative."""
+    (pages, still), P = lax.stop_gradient((head.pages, query)), len(head.pages.width)
+    fixed = diagonal.among(head.part.mask, at, options.rows, P, options.page)
+    visible = Visible(*(x & ~fixed for x in visible_pages(head.part.mask, at, P, options.page)))
+    known = finished(sofar)[1].reshape(own.size.shape)
     limits = {"size": options.page, "tolerance": options.tolerance, "reach": REACH[options.bound]}
-    return Rows(query, at, own, visible, plan(still, pages, visible, edge, own, **limits))
+    return Rows(query, at, own, visible, fixed, sofar, plan(still, pages, visible, known, own, **limits))
 
 
 def _without(chosen: Plan, left: Bool[Array, "G R"]) -> Plan:
     """The plan of rows of which some read nothing here."""
-    return chosen._replace(read=chosen.read & ~left[None])
+    return chosen._replace(read=chosen.read & ~left[None], mean=chosen.mean & ~left[None])
 
 
 def _certified(rows: Rows, found: Found) -> tuple[Float[Array, "G R"], Float[Array, "G R"]]:

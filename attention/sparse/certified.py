@@ -18,6 +18,7 @@ from attention.sparse.bounds import REACH
 from attention.sparse.by_pages import Options
 from attention.sparse.certified_step import step
 from attention.sparse.heads import attended
+from attention.sparse.moments import Moments
 from attention.sparse.summaries import SummarisedCache
 
 
@@ -35,6 +36,8 @@ class Certified(Method):
     nothing. Pages that are seen in part, and all pages under a bias, a soft cap or a dense mask, are read. A row's
     pages depend on what it sees alone.
 
+    Where attention is causal, a tile reads the keys around its diagonal first, and its plan knows what they add up to.
+
     Where all queries of a head see the same keys, the head decides for all its rows, before it makes a moment. If there
     are more than about twice (H + 2 choose 2) keys and the logits are small, it takes them all at once: their moments
     up to the second for e^{q.k}, and every key for the few rows whose bound is above the tolerance
@@ -46,6 +49,7 @@ class Certified(Method):
 
     In decoding, the state keeps the moments of whole pages, made as a page fills, and the largest norms. A step of one
     token plans from these and copies the pages that it reads, and no others; it has derivatives in forward mode alone.
+    Several tokens take the moments that are kept and pass over all keys once for the largest norms.
 
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
@@ -130,17 +134,18 @@ class Certified(Method):
         return longer, ungrouped(output, query).astype(query.dtype)
 
     def attend_state(self, operands: tuple[Inputs, SummarisedCache]) -> Float[Array, "B K G T E"]:
-        """The output over a decoding state: of one query from the moments that it keeps, of more from its keys."""
+        """The output over a decoding state, from the moments that it keeps: of one query, or of several as tiles."""
         inputs, state = operands
         if inputs.mask.num_queries == 1:
             query, mask, cap = inputs.query[:, :, :, 0], inputs.mask, inputs.soft_cap
             return step(query, state, mask, cap, tolerance=self.tolerance, bound=self.bound)[:, :, :, None]
         key, value = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (state.key, state.value))
-        return self.attend(emptied(dataclasses.replace(inputs, key=key, value=value)))
+        return self._found(emptied(dataclasses.replace(inputs, key=key, value=value)), state.pages)[0]
 
-    def _found(self, inputs: Inputs):
-        """Output, error bound, dropped mass and work."""
+    def _found(self, inputs: Inputs, pages: Moments | None = None):
+        """Output, error bound, dropped mass and work, from the moments of the pages that rows see whole, or none."""
         operands = {name: getattr(inputs, name) for name in _OPERANDS if getattr(inputs, name) is not None}
+        operands |= {} if pages is None else {"pages": pages}
         arrays, form = jax.tree.flatten((inputs.mask, inputs.beta))
         return _attention(operands, arrays, form, self)
 
@@ -161,7 +166,7 @@ _OPERANDS = ("query", "key", "value", "bias", "soft_cap")
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _attention(operands, arrays, form, method: Certified):
     """The online form, which loops as long as there is something to read, and so has no derivative of its own."""
-    found = attended(_inputs(operands, arrays, form), method.options, defined=False)
+    found = attended(_inputs(operands, arrays, form), method.options, operands.get("pages"), defined=False)
     return *found[:3], found.read / jnp.maximum(found.seen, 1)
 
 
@@ -171,7 +176,7 @@ def _attention_jvp(form, method: Certified, primals, tangents):
     results = _attention(operands, arrays, form, method)
 
     def defined(operands):
-        return attended(_inputs(operands, arrays, form), method.options, defined=True).output
+        return attended(_inputs(operands, arrays, form), method.options, operands.get("pages"), defined=True).output
 
     _, tangent = jax.jvp(defined, (operands,), (tangents[0],))
     return results, (tangent, *(jnp.zeros_like(x) for x in results[1:]))
@@ -179,4 +184,4 @@ def _attention_jvp(form, method: Certified, primals, tangents):
 
 def _inputs(operands, arrays, form) -> Inputs:
     mask, beta = jax.tree.unflatten(form, arrays)
-    return Inputs(mask=mask, beta=beta, **operands)
+    return Inputs(mask=mask, beta=beta, **{name: x for name, x in operands.items() if name in _OPERANDS})

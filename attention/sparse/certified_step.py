@@ -21,7 +21,7 @@ from attention.sparse.plan import Limits, Plan, limits_of, plan
 from attention.sparse.selection import keys_of
 from attention.sparse.step import gathered
 from attention.sparse.summaries import SummarisedCache
-from attention.sparse.visible import Edge, Visible
+from attention.sparse.visible import Visible
 
 AT_ONCE = 2048  # keys that are copied and read at a time
 
@@ -53,10 +53,10 @@ def step(
     some = max(1, min(P, AT_ONCE // C))
 
     def head(n):
-        visible, edge = _visible(state, n, mask, regular=cap is None)
         options = {"size": C, "tolerance": tolerance, "reach": REACH[bound]}
         mine, moments, limits = jax.tree.map(lambda x: x[n], (heads, pages, own))
-        chosen = plan(*lax.stop_gradient((mine, moments, visible, edge, limits)), **options)
+        visible, known = _visible(mine, state, n, mask, regular=cap is None)
+        chosen = plan(*lax.stop_gradient((mine, moments, visible, known, limits)), **options)
         wanted = chosen.read[..., 0]  # P G
         order = jnp.nonzero(wanted.any(1), size=P + some, fill_value=P)[0]
 
@@ -92,20 +92,21 @@ def _limits(query, state: SummarisedCache, mask: Mask, cap) -> Limits:
     return limits_of(of, reach, C, rescalings=2 * parts, fixed_shift=CALM, depth=depth)
 
 
-def _visible(state: SummarisedCache, n, mask: Mask, *, regular: bool) -> tuple[Visible, Edge]:
-    """What the query sees of the pages of head n: what `attention.sparse.visible` says of a tile."""
+def _visible(query: Float[Array, "G 1 H"], state: SummarisedCache, n, mask: Mask, *, regular: bool):
+    """What the query sees of the pages of head n, as `attention.sparse.visible` says of a tile, and what is known of
+    the page that it sees in part: the log of what its keys add up to is no less than that of their mean, so many times.
+    """
     (P, C), dtype = state.key.shape[2:4], state.longest[0].dtype
     first, last = (x[0, 0] for x in mask.key_range())
     start = C * jnp.arange(P)[:, None, None]
-    known = (first <= start) & (last >= start)
-    whole, seen = known & (last >= start + C - 1), (first <= start + C - 1) & (last >= start)
+    whole, seen = (first <= start) & (last >= start + C - 1), (first <= start + C - 1) & (last >= start)
     page = last // C
     cut = (first <= page * C) & (last < page * C + C - 1) & (last >= first) & regular
-    count = jnp.where(cut, last % C + 1, 0).astype(dtype)[None]
     keys = gathered(state.key, n, page[None], state.length).astype(dtype)
-    first_keys = jnp.where((page * C + jnp.arange(C) <= last)[:, None], keys, 0).sum(0, keepdims=True)
-    edge = Edge(first_keys / jnp.maximum(count, 1)[:, None], count)
-    return Visible(whole & regular, known & regular, seen, last[None]), edge
+    first_keys = jnp.where((page * C + jnp.arange(C) <= last)[:, None], keys, 0).sum(0)
+    count = (last % C + 1).astype(dtype)
+    known = (query * (first_keys / count)[None, None]).sum(-1) + jnp.log(count)
+    return Visible(whole & regular, seen), jnp.where(cut, known, -jnp.inf)
 
 
 def _of_means(chosen: Plan, value: Float[Array, "P E"], C: int) -> Sums:

@@ -4,14 +4,16 @@ Where all queries see the same keys, the head decides for all its rows together;
 sees.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from attention.inputs import Inputs
-from attention.rounding import CALM
-from attention.sparse import by_pages, far, order, whole
+from attention.rounding import CALM, norms
+from attention.sparse import by_pages, diagonal, far, order, whole
 from attention.sparse.by_pages import Options, Result
-from attention.sparse.moments import widths
+from attention.sparse.moments import Moments, outward
 from attention.sparse.outlook import hopeless
 from attention.sparse.padding import padded
 from attention.sparse.plan import Limits, limits
@@ -19,39 +21,57 @@ from attention.sparse.rows import block
 from attention.sparse.visible import alike, first_keys, regular
 
 
-def attended(inputs: Inputs, options: Options, *, defined: bool) -> Result:
-    """All key heads, `B K G T ...`; if `defined`, in a form that has a derivative, of which the output alone counts."""
+def attended(inputs: Inputs, options: Options, pages: Moments | None = None, *, defined: bool) -> Result:
+    """All key heads, `B K G T ...`; if `defined`, in a form that has a derivative, of which the output alone counts.
+
+    `pages` has the moments of pages that a query sees whole, `B K P ...`, where they are known.
+    """
     (B, K, G, T), P = inputs.query.shape[:4], -(-inputs.mask.num_keys // options.page)
     options = options._replace(rows=min(T, max(1, options.rows // G)))
     inputs = padded(inputs, options.rows, options.page * min(P, max(1, by_pages.LATE_READ // options.page)))
-    size = block(P, options.page, by_pages.READ)
-    rescalings = inputs.mask.num_keys // size + 1
-    bounds = lax.stop_gradient(limits(inputs, options.page, rescalings=rescalings, fixed_shift=CALM))
+    pages = jax.tree.map(lambda x: _lengthened(x, inputs.mask.num_keys // options.page, inputs.query.dtype), pages)
+    bounds = lax.stop_gradient(_limits(inputs, options))
 
     def head(n):
         b, k = n // K, n % K
-        return _head(inputs.part(b, 1, k, 1), Limits(*(x[b, k] for x in bounds)), options, defined=defined)
+        own, mine = jax.tree.map(lambda x: x[b, k], (bounds, pages))
+        return _head(inputs.part(b, 1, k, 1), own, options, mine, defined=defined)
 
     found = lax.map(head, jnp.arange(B * K))
     rows = (x.reshape(B, K, G, -1, *x.shape[3:])[:, :, :, :T] for x in found[:3])
     return Result(*rows, found.read.sum(), found.seen.sum())
 
 
-def _head(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
+def _limits(inputs: Inputs, options: Options) -> Limits:
+    """The limits of every query, whichever way its head takes."""
+    (pages, near) = inputs.mask.num_keys // options.page, diagonal.keys(inputs.mask, options.rows, options.page)
+    # By each block, the means, the diagonal, and where what was found of this is divided and multiplied again.
+    rescalings = pages * options.page // block(pages, options.page, by_pages.READ) + 3
+    # The moments of all keys mend rows by one sum over all of them; elsewhere sums are over a block and over blocks.
+    longest = max(by_pages.LATE_READ, whole.BLOCK, options.page, pages, near)
+    depth = None if far.pays(inputs) else longest + rescalings
+    return limits(inputs, options.page, rescalings=rescalings, fixed_shift=CALM, depth=depth)
+
+
+def _lengthened(x: Float[Array, "B K P *H"], pages: int, dtype) -> Float[Array, "B K Q *H"]:
+    """With zeros for more pages."""
+    return jnp.pad(x.astype(dtype), [(0, pages - x.shape[2] if n == 2 else 0) for n in range(x.ndim)])
+
+
+def _head(part: Inputs, own: Limits, options: Options, pages: Moments | None, *, defined: bool) -> Result:
     """One key head."""
     if not (options.tolerance and regular(part)):
         return _whole(part, own, options, defined=defined)
     if not alike(part):
-        return _by_pages(part, own, options, defined=defined)
+        return _by_pages(part, own, options, pages, defined=defined)
     return _by_choice(part, own, options, defined=defined)
 
 
 def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
     """One key head whose queries all see the same keys."""
     page, tolerance, still = options.page, options.tolerance, lax.stop_gradient(part)
-    whole_pages = part.mask.num_keys // page
-    width = widths(still.value[0, 0].astype(part.query.dtype).reshape(whole_pages, page, -1))
-    width = jnp.where((jnp.arange(whole_pages) + 1) * page <= first_keys(part), width, 0).max()
+    width = apart(still.value[0, 0].astype(part.query.dtype), jnp.arange(part.mask.num_keys) < first_keys(part))
+    own = own._replace(width=jnp.broadcast_to(width, own.width.shape))
     dense = hopeless(still, own, page, width, tolerance)
     look = order.looked(part, page) if order.pays(part, page) else None
 
@@ -70,6 +90,17 @@ def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) ->
     return lax.switch(way, ways)
 
 
+def apart(value: Float[Array, "S E"], seen: Bool[Array, " S"]) -> Float[Array, ""]:
+    """The distance of two of the values that are seen, rounded inward: a lower bound on the largest.
+
+    The value farthest from the mean, and the one farthest from that: at least half of the largest distance, since the
+    mean is no farther from the first than every value is. O(S E).
+    """
+    mean = jnp.where(seen[:, None], value, 0).sum(0) / jnp.maximum(seen.sum(), 1)
+    first = value[jnp.where(seen, ((value - mean[None]) ** 2).sum(-1), -1).argmax()]
+    return jnp.where(seen, norms(value - first[None]), 0).max() / outward(value.dtype, value.shape[-1])
+
+
 def _whole(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
     """Every key that is seen."""
     if defined:
@@ -79,9 +110,9 @@ def _whole(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Res
     return Result(output, own.rounding, jnp.zeros_like(own.rounding), pairs, pairs)
 
 
-def _by_pages(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
+def _by_pages(part: Inputs, own: Limits, options: Options, pages: Moments | None = None, *, defined: bool) -> Result:
     """Pages that are read, and means of others."""
-    head = by_pages.head_of(part, options)
+    head = by_pages.head_of(part, options, pages)
     return _output(by_pages.defined(head, own, options), own) if defined else by_pages.attended(head, own, options)
 
 

@@ -28,6 +28,11 @@ def begun(size: Float[Array, " N"], entries: int) -> Partial:
     return Partial(level, jnp.zeros((entries, len(size)), size.dtype))
 
 
+def resumed(level: Float[Array, " N"], total: Float[Array, " N"], output: Float[Array, "N E"]) -> Partial:
+    """What was `finished`, to go on with: from its level, the sum of its weights and its output."""
+    return Partial(level, jnp.concatenate([output.T * total[None], total[None]]))
+
+
 def added(
     found: Partial,
     size: Float[Array, " N"],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from attention.inputs import Inputs
-from attention.rounding import norms, product
+from attention.rounding import product
 from attention.sparse.plan import Limits, threshold
 from attention.sparse.visible import first_keys, first_rows, spaced
 
@@ -19,7 +19,7 @@ MOST = 0.9  # of the pages: if they read more, all are read
 def hopeless(part: Inputs, own: Limits, page: int, width, tolerance: float) -> Bool[Array, ""]:
     """Whether some rows of a head read most of their pages however small their errors are; no bound relies on it.
 
-    All queries see the same keys; `width` is that of the widest page.
+    All queries see the same keys; `width` is a lower bound on the largest distance of two values.
     """
     dtype, H = part.query.dtype, part.query.shape[-1]
     keys = part.key[0, 0].astype(dtype).reshape(-1, page, H)
@@ -30,7 +30,7 @@ def hopeless(part: Inputs, own: Limits, page: int, width, tolerance: float) -> B
     spread = jnp.maximum((keys**2).mean((1, 2)) - (centre**2).mean(1), 0)
     logits = jnp.where(whole[:, None], product("PH,QH->PQ", centre, query), -jnp.inf)
     weights = jnp.exp(logits - logits.max(0)[None])
-    share = weights * spread[:, None] * (norms(query) ** 2 * own.diameter / 2)[None]
+    share = weights * spread[:, None] * (own.length**2 * own.diameter / 2)[None]
     budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * weights.sum(0)
     read = share > threshold(share, budget)[None]
     return ~((read & whole[:, None]).mean() <= MOST * whole.mean())

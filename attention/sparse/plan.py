@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float
 
 from attention.exponential import power, unit
 from attention.inputs import Inputs
-from attention.rounding import Sizes, calm_limit, norms, product, rounding_bound, roundoff, sizes
+from attention.rounding import Sizes, calm_limit, product, rounding_bound, roundoff, sizes
 from attention.sparse.bounds import odds_rounding, value_reach
 from attention.sparse.moments import Moments
-from attention.sparse.visible import Edge, Visible
+from attention.sparse.visible import Visible
 
-Reach = Callable[[Array, Moments], Array]
+Reach = Callable[[Array, Array, Moments], Array]
 
 
 class Limits(NamedTuple):
@@ -33,12 +33,16 @@ class Limits(NamedTuple):
         rounding: the error of attention to the keys that are read and to the means, in floating point.
         odds: the factor by which rounding can change the ratio of two sums of exponentials.
         size: an upper bound on the size of the logits.
+        length: |q|.
+        width: a lower bound on the largest distance of two values that it sees, as far as one is known before pages.
     """
 
     diameter: Float[Array, "*B G T"]
     rounding: Float[Array, "*B G T"]
     odds: Float[Array, "*B G T"]
     size: Float[Array, "*B G T"]
+    length: Float[Array, "*B G T"]
+    width: Float[Array, "*B G T"]
 
 
 class Plan(NamedTuple):
@@ -50,7 +54,7 @@ class Plan(NamedTuple):
         read: whether the keys of the page are read.
         mean: whether the page is replaced by its means.
         logits: q.c.
-        top: the largest logit of a mean of keys that the query sees; 0 where none is known.
+        top: the largest logit of a mean of keys that the query sees, or what was known; 0 where neither is.
         error: an upper bound on |sum over replaced pages of the difference of weighted values - o|.
         mass: an upper bound on the sum of e^{l} over the keys of replaced pages.
     """
@@ -63,9 +67,9 @@ class Plan(NamedTuple):
     mass: Float[Array, "G T"]
 
 
-def limits(inputs: Inputs, page: int, *, rescalings: int, fixed_shift: float) -> Limits:
-    """The limits of every query, by prefixes of the keys; `rescalings` and `fixed_shift` as in `rounding_bound`."""
-    return limits_of(sizes(inputs), value_reach(inputs), page, rescalings=rescalings, fixed_shift=fixed_shift)
+def limits(inputs: Inputs, page: int, **rounding) -> Limits:
+    """The limits of every query, by prefixes of the keys; `rounding` is what `limits_of` takes by name."""
+    return limits_of(sizes(inputs), value_reach(inputs), page, **rounding)
 
 
 def limits_of(
@@ -77,7 +81,7 @@ def limits_of(
     fixed_shift: float,
     depth: int | None = None,
 ) -> Limits:
-    """The same from the sizes, and from how far the values are apart at most; `depth` as in `rounding_bound`."""
+    """The same from the sizes, and from how far the values are apart at most; the rest is as in `rounding_bound`."""
     means = 2 * (page + 8) * roundoff(of.query.dtype) * of.value
     return Limits(
         diameter=jnp.broadcast_to(reach + means, of.query.shape),
@@ -85,6 +89,8 @@ def limits_of(
         # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
         odds=odds_rounding(of, rescalings=rescalings, share=1 + (page + 8) / of.head),
         size=calm_limit(of),
+        length=of.query,
+        width=jnp.zeros_like(of.query),
     )
 
 
@@ -92,7 +98,7 @@ def plan(
     query: Float[Array, "G T H"],
     pages: Moments,
     visible: Visible,
-    edge: Edge,
+    known: Float[Array, "G T"],
     own: Limits,
     *,
     size: int,
@@ -101,27 +107,27 @@ def plan(
 ) -> Plan:
     """The plan of a tile of queries of one head, for pages of `size` keys.
 
-    The budget is tolerance times a lower bound on diam(V), the width of a page that the query sees whole, less what
+    `known` is the log of a sum of e^l over keys of other pages, which is no more than the true one. The budget is
+    tolerance times a lower bound on diam(V), that of `own` or the width of a page that the query sees whole, less what
     rounding may take; shares of the error up to a threshold go to the means, the others are read.
 
     Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
     """
-    whole, length, diameter = visible.whole, norms(query)[None], own.diameter[None]
+    whole, length, diameter = visible.whole, own.length[None], own.diameter[None]
     spread, coupling, width, key_shift, value_shift = (
         x.reshape(-1, 1, 1) for x in (pages.spread, pages.coupling, pages.width, pages.key_shift, pages.value_shift)
     )
     logits = product("GTH,PH->PGT", query, pages.key)
-    part = jnp.where(edge.count > 0, (query * edge.mean[None]).sum(-1), -jnp.inf)
-    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), part)
+    top = jnp.maximum(jnp.where(whole, logits, -jnp.inf).max(0), known)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    exponent, R = logits - top[None], reach(query, pages)
+    exponent, R = logits - top[None], reach(query, own.length, pages)
     near = jnp.where(whole, power(exponent * unit(exponent.dtype)), 0)
-    total = size * near.sum(0) + edge.count[None] * jnp.exp(part - top)
+    total = size * near.sum(0) + jnp.exp(known - top)
     second = _remainder(near, exponent, R) * jnp.minimum(spread * length**2, R**2)
     shift = key_shift * length * (diameter + value_shift) + value_shift
     share = size * (second * diameter + _positive(near) * (coupling * length + shift))
     share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known
-    width = jnp.where(whole, width, 0).max(0)
+    width = jnp.maximum(jnp.where(whole, width, 0).max(0), own.width)
     budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * total
     mean = whole & (share <= threshold(share, budget)[None])
     error = jnp.where(mean, share, 0).sum(0)

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attention.exact import softmax
 from attention.exponential import unit
 from attention.inputs import Inputs
 from attention.rounding import product
 from attention.sparse.moments import Moments
-from attention.sparse.online import Partial, across, added, begun, finished
+from attention.sparse.online import Partial, across, added, finished
 from attention.sparse.plan import Limits, Plan
 from attention.sparse.visible import Visible
 
@@ -27,14 +27,12 @@ class Head(NamedTuple):
     Attributes:
         part: its operands, `1 1 ...`, padded to whole tiles and blocks.
         pages: the moments of its pages, or of the first of them that a tile can see.
-        growing: the mean of each key and of those before it in its page.
         across: the values across, with a last row of ones.
         page: keys of a page.
     """
 
     part: Inputs
     pages: Moments
-    growing: Float[Array, "S H"]
     across: Float[Array, "F S"]
     page: int
 
@@ -45,12 +43,22 @@ class Head(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a tile: queries, their places, their limits, what they see and what their plan is."""
+    """The rows of a tile.
+
+    Attributes:
+        query, at, own: queries, their places and their limits.
+        visible: what they see of the pages that they do not read in any case.
+        fixed: those that they do (`attention.sparse.diagonal`).
+        begun: what these add up to.
+        plan: what becomes of the others.
+    """
 
     query: Float[Array, "G R H"]
     at: Int[Array, " R"]
     own: Limits
     visible: Visible
+    fixed: Bool[Array, "P 1 R"]
+    begun: Partial
     plan: Plan
 
 
@@ -60,7 +68,8 @@ def definition(head: Head, rows: Rows) -> Float[Array, "G R E"]:
     means = product("GTH,PH->PGT", rows.query, head.pages.key)
     means = jnp.moveaxis(jnp.where(plan.mean, means + jnp.log(head.page), -jnp.inf), 0, 2)
     keys = product("GTH,SH->GTS", rows.query, part.key[0, 0, :S].astype(rows.query.dtype))
-    seen = part.mask.at(rows.at, jnp.arange(S))[0, 0] & jnp.moveaxis(jnp.repeat(plan.read, head.page, axis=0), 0, 2)
+    read = jnp.repeat(plan.read | rows.fixed, head.page, axis=0)
+    seen = part.mask.at(rows.at, jnp.arange(S))[0, 0] & jnp.moveaxis(read, 0, 2)
     weights = softmax(jnp.concatenate([means, jnp.where(seen, keys, -jnp.inf)], axis=-1))
     values = jnp.concatenate([head.pages.value, part.value[0, 0, :S].astype(keys.dtype)])
     return product("GTS,SE->GTE", weights, values)
@@ -79,7 +88,7 @@ class Found(NamedTuple):
 
 
 def online(head: Head, rows: Rows, block: int) -> Found:
-    """The same block by block, reading those of `block` keys that a row wants."""
+    """The same from what has begun, block by block, reading those of `block` keys that a row wants."""
     part, dtype, plan = head.part, head.part.query.dtype, rows.plan
     G, R, H = rows.query.shape
     N, P, each = G * R, head.pages.key.shape[0], block // head.page
@@ -109,8 +118,7 @@ def online(head: Head, rows: Rows, block: int) -> Found:
             clear[j], lambda x: added(x, size, raw, values, None), lambda x: added(x, size, raw, values, shown()), found
         )
 
-    found = begun(size, len(head.across))
-    found = lax.cond(means.any(), from_means, lambda x: x, found)
+    found = lax.cond(means.any(), from_means, lambda x: x, rows.begun)
     found = lax.fori_loop(0, some.sum(), from_block, found)
     output, residual = finished(found)
     might = seen.reshape(wanted.shape).any((1, 2)).sum()

@@ -15,9 +15,9 @@ from attention.rounding import rounding_bound, sees_any
 from attention.sparse.bounds import odds_rounding
 from attention.sparse.paged_method import Paged
 from attention.sparse.pages import PagedCache, paged
-from attention.sparse.rows import aligned
 from attention.sparse.sampled_bounds import limits_of, row_bounds
-from attention.sparse.tail import Known, Rule, Tile, tile_at, weighted
+from attention.sparse.sampled_tiles import chosen_by_row, over_tiles
+from attention.sparse.tail import Known, Rule, Tile, weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class Sampled(Paged):
         key, value = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (state.key, state.value))
         known = Known(state.box, state.chosen[:, :, 0]) if self.heavy else None
         whole = dataclasses.replace(inputs, key=key, value=value)
-        found = self._over_tiles(whole, known, lambda part, tile, _: (weighted(part, tile).output, _of_rows(tile)))
+        found = self._over_tiles(whole, known, lambda part, tile, _: (weighted(part, tile).output, chosen_by_row(tile)))
         return found[0], found[1][:, :, :1, -1]
 
     def _known(self, inputs: Inputs) -> Known | None:
@@ -165,23 +165,7 @@ class Sampled(Paged):
 
     def _over_tiles(self, inputs: Inputs, known: Known | None, result) -> Any:
         """`result(part, tile, known)` for one key head and tile after another, `B K G T ...`."""
-        (B, K), T, C = inputs.query.shape[:2], inputs.mask.num_queries, self.query_block
-        seed, rule = self._seed(inputs), self._rule()
-        moves = inputs.mask.offset is not None
-        R = 1 if moves and T < C else min(C, T)
-
-        def head(n):
-            part, own = inputs.part(n // K, 1, n % K, 1), jax.tree.map(lambda x: x[n // K, n % K], known)
-            offset = jnp.zeros((), jnp.int32) if part.mask.offset is None else part.mask.offset[0]
-            shift = offset % R
-            count = -(-(T + (R - 1 if moves else 0)) // R)
-            first = jnp.arange(count) * R - shift
-            each = jax.checkpoint(lambda row: result(part, tile_at(rule, part, seed, own, n, row, R, offset), own))
-            tiles = lax.map(each, first)
-            return jax.tree.map(lambda x: aligned(x, shift, T), tiles)
-
-        found = lax.map(head, jnp.arange(B * K))
-        return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), found)
+        return over_tiles(self._rule(), inputs, self._seed(inputs), known, result)
 
     def _rule(self) -> Rule:
         return Rule(self.samples, self.window, self.sinks, self.query_block, self.heavy, self.page)
@@ -203,8 +187,3 @@ class Sampled(Paged):
         read = min(S, min(S, around) + self.sinks + self.heavy * self.page + min(self.samples, S))
         tiles = -(-T // min(self.query_block, T))
         return Cost(4.0 * num_heads * head_dim * T * read, 4.0 * num_heads * head_dim * 2 * (T + tiles * read))
-
-
-def _of_rows(tile: Tile) -> Array:
-    """What the tile has chosen, at each of its rows: `1 R h`."""
-    return jnp.broadcast_to(tile.chosen, (1, len(tile.at), tile.chosen.size))

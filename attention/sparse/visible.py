@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from attention.inputs import Inputs
 from attention.masks import Mask
-from attention.rounding import product
 
 
 class Visible(NamedTuple):
@@ -15,15 +14,11 @@ class Visible(NamedTuple):
 
     Attributes:
         whole: whether a query sees all keys of a page.
-        known: whether it sees the first.
         seen: whether it may see any.
-        last: the last key that it may see.
     """
 
     whole: Bool[Array, "P 1 T"]
-    known: Bool[Array, "P 1 T"]
     seen: Bool[Array, "P 1 T"]
-    last: Int[Array, " T"]
 
 
 def regular(inputs: Inputs) -> bool:
@@ -61,37 +56,12 @@ def visible_pages(mask: Mask, at: Int[Array, " T"], pages: int, page: int) -> Vi
     first, last = (x[0][at] for x in mask.key_range())
     start = page * jnp.arange(pages)[:, None]
     low, high = first[None], last[None]
-    known = (low <= start) & (high >= start)
-    whole, seen = known & (high >= start + page - 1), (low <= start + page - 1) & (high >= start)
+    whole, seen = (low <= start) & (high >= start + page - 1), (low <= start + page - 1) & (high >= start)
     if mask.query_segments is not None and mask.key_segments is not None:
         mine, theirs = mask.query_segments[0][at][None], mask.key_segments[0][: pages * page].reshape(pages, page)
         least, most = theirs.min(1)[:, None], theirs.max(1)[:, None]
         same = (least == mine) & (most == mine)
-        whole, known, seen = whole & same, known & same, seen & (least <= mine) & (mine <= most)
+        whole, seen = whole & same, seen & (least <= mine) & (mine <= most)
     if mask.dense is not None:
         whole = jnp.zeros_like(whole)
-    return Visible(whole[:, None], known[:, None], seen[:, None], last)
-
-
-class Edge(NamedTuple):
-    """Of the page that a query sees in part: the mean of its first keys, up to the last that is seen, and their number.
-
-    The number is 0 where there is no such page, or its first key is not seen.
-    """
-
-    mean: Float[Array, "T H"]
-    count: Float[Array, " T"]
-
-
-def edges(visible: Visible, growing: Float[Array, "S H"], page: int) -> Edge:
-    """From the mean of each key and of those before it in its page."""
-    cut = (visible.known & ~visible.whole).any((0, 1))
-    count = jnp.where(cut, visible.last % page + 1, 0).astype(growing.dtype)
-    return Edge(growing[visible.last.clip(0, len(growing) - 1)], count)
-
-
-def growing_means(key: Float[Array, "S H"], page: int) -> Float[Array, "S H"]:
-    """The mean of each key and of those before it in its page, by a triangular product."""
-    weights = jnp.tri(page, dtype=key.dtype) / jnp.arange(1, page + 1, dtype=key.dtype)[:, None]
-    pages = key.reshape(-1, page, key.shape[-1])
-    return product("ij,pjh->pih", weights, pages).reshape(key.shape)
+    return Visible(whole[:, None], seen[:, None])

@@ -84,15 +84,15 @@ def planted(monkeypatch, plant: str) -> None:
     """A mistake in the plan, where the certificate comes from."""
     true = plan.plan
 
-    def wrong(query, pages, visible, edge, own, **options):
+    def wrong(query, pages, visible, known, own, **options):
         if plant == "a sign":
-            right = true(query, pages, visible, edge, own, **options)
+            right = true(query, pages, visible, known, own, **options)
             return right._replace(error=-right.error)
         if plant == "value-blind":
             pages = pages._replace(coupling=0 * pages.coupling)
-            return true(query, pages, visible, edge, own._replace(diameter=0 * own.diameter + 1), **options)
+            return true(query, pages, visible, known, own._replace(diameter=0 * own.diameter + 1), **options)
         if plant == "a page missing":
-            right = true(query, pages, visible, edge, own, **options)
+            right = true(query, pages, visible, known, own, **options)
             return right._replace(read=right.read.at[0].set(False))
         raise ValueError(plant)
 

@@ -72,8 +72,8 @@ def test_planted_mistakes_are_caught(plant, monkeypatch):
     """By the check that the true step passes."""
     plan, limits = certified_step.plan, certified_step.limits_of
 
-    def wrong_plan(query, pages, visible, edge, own, **options):
-        right = plan(query, pages, visible, edge, own, **options)
+    def wrong_plan(query, pages, visible, known, own, **options):
+        right = plan(query, pages, visible, known, own, **options)
         return right._replace(read=right.read.at[0].set(False)) if plant == "a page missing" else right
 
     def wrong_limits(of, reach, page, **options):
@@ -121,6 +121,25 @@ def test_pages_that_are_not_wanted_are_not_read():
         hidden = {name: room.at[:, :, :2].set(np.nan) for name, room in rooms.items()}
         _, output = method.extend(dataclasses.replace(state, **hidden), *token)
         np.testing.assert_array_equal(output, expected)
+
+
+def test_several_tokens_take_the_moments_that_are_kept():
+    """Two clusters 10 apart, of which the far one moves to the near one once its moments are made."""
+    rng = np.random.default_rng(0)
+    side = np.repeat([5.0, -5.0], 16)[None, :, None, None] * np.ones((1, 1, 2, 8))
+    key, value = (jnp.asarray(np.moveaxis(x, 2, 1), jnp.float32) for x in (side, rng.standard_normal(side.shape)))
+    method = Certified(tolerance=0.1, page=C)
+    state = method.init_state(1, 2, 8, 48, jnp.float32).append(key, value, bound="ball")
+    moved = jnp.abs(key) * -1
+    tokens = [jnp.moveaxis(x[:, :, -3:], 1, 2) for x in (moved, moved, value)]
+    longer, expected = method.extend(state, *tokens)
+    kept = dataclasses.replace(state, key=state.key.at[:, :, :4].set(moved.reshape(1, 2, 4, C, 8)))
+    _, output = method.extend(kept, *tokens)
+    np.testing.assert_array_equal(output, expected)
+    remade = method.init_state(1, 2, 8, 48, jnp.float32).append(moved, value, bound="ball")
+    _, other = method.extend(remade, *tokens)
+    assert np.abs(np.asarray(other - expected)).max() > 0.1
+    assert longer.length == 35
 
 
 def test_a_full_state_says_so():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attention.rounding import norms
 from attention.sparse.bounds import REACH
 from attention.sparse.moments import moments
 from attention.testing.cases import families
@@ -26,7 +27,7 @@ def drawn(seed: int):
 @functools.partial(jax.jit, static_argnames="name")
 def reached(query, key, value, name):
     pages = jax.vmap(functools.partial(moments, size=PAGE, bound=name))(key, value)
-    return pages, jax.vmap(REACH[name])(query, pages)
+    return pages, jax.vmap(REACH[name])(query, norms(query), pages)
 
 
 def exact_reach(query, pages, key):
@@ -92,4 +93,4 @@ def test_moments_are_bounds():
 def test_equal_keys_have_no_reach():
     key = jnp.ones((PAGE, 8), jnp.float32)
     for name, reach in REACH.items():
-        assert not np.any(reach(key[:2], moments(key, key, PAGE, bound=name)) > 1e-3)
+        assert not np.any(reach(key[:2], norms(key[:2]), moments(key, key, PAGE, bound=name)) > 1e-3)
