@@ -9,6 +9,7 @@ import attention
 from attention.inputs import prepare
 from attention.rounding import CALM
 from attention.sparse.by_pages import head_of, planned
+from attention.sparse.heads import apart
 from attention.sparse.plan import limits
 
 
@@ -23,11 +24,13 @@ def looked_at(operands, temperature, method: attention.Certified):
     query, key, value = inputs.query[0, 0], inputs.key[0, 0], inputs.value[0, 0]
     head = head_of(inputs, method.options)
     own = jax.tree.map(lambda x: x[0, 0], limits(inputs, method.page, rescalings=0, fixed_shift=CALM))
+    width = apart(value.astype(query.dtype), jnp.ones(len(value), bool))
+    own = own._replace(width=jnp.full_like(own.width, width))
     chosen = planned(head, query, jnp.arange(query.shape[1]), own, method.options).plan
     output, certificate = attention.certified_attention(*operands, temperature=temperature, method=method)
     exact = attention.dot_product_attention(*operands, temperature=temperature)[0, :, 0]
     error = jnp.linalg.norm(output[0, :, 0] - exact, axis=-1)
-    allowed = method.tolerance * head.pages.width.max()
+    allowed = method.tolerance * width
     oracle = _oracle(query[0], key, value, exact, head.pages, method.page, allowed)
     read = jnp.where(certificate.dropped_mass[0, :, 0] > 0, chosen.read.mean(0)[0], 1)  # a head may read everything
     return error, certificate.error_bound[0, :, 0], read, oracle

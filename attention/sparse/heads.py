@@ -6,12 +6,13 @@ sees.
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from attention.inputs import Inputs
-from attention.rounding import CALM
+from attention.rounding import CALM, norms
 from attention.sparse import by_pages, far, order, whole
 from attention.sparse.by_pages import Options, Result
-from attention.sparse.moments import widths
+from attention.sparse.moments import outward
 from attention.sparse.outlook import hopeless
 from attention.sparse.padding import padded
 from attention.sparse.plan import Limits, limits
@@ -49,9 +50,8 @@ def _head(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Resu
 def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:
     """One key head whose queries all see the same keys."""
     page, tolerance, still = options.page, options.tolerance, lax.stop_gradient(part)
-    whole_pages = part.mask.num_keys // page
-    width = widths(still.value[0, 0].astype(part.query.dtype).reshape(whole_pages, page, -1))
-    width = jnp.where((jnp.arange(whole_pages) + 1) * page <= first_keys(part), width, 0).max()
+    width = apart(still.value[0, 0].astype(part.query.dtype), jnp.arange(part.mask.num_keys) < first_keys(part))
+    own = own._replace(width=jnp.broadcast_to(width, own.width.shape))
     dense = hopeless(still, own, page, width, tolerance)
     look = order.looked(part, page) if order.pays(part, page) else None
 
@@ -68,6 +68,17 @@ def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) ->
         way = jnp.where(far.enough(still, own, width, tolerance), len(ways), way)
         ways.append(lambda: _by_moments(part, own, width, options, defined=defined))
     return lax.switch(way, ways)
+
+
+def apart(value: Float[Array, "S E"], seen: Bool[Array, " S"]) -> Float[Array, ""]:
+    """The distance of two of the values that are seen, rounded inward: a lower bound on the largest.
+
+    The value farthest from the mean, and the one farthest from that: at least half of the largest distance, since the
+    mean is no farther from the first than every value is. O(S E).
+    """
+    mean = jnp.where(seen[:, None], value, 0).sum(0) / jnp.maximum(seen.sum(), 1)
+    first = value[jnp.where(seen, ((value - mean[None]) ** 2).sum(-1), -1).argmax()]
+    return jnp.where(seen, norms(value - first[None]), 0).max() / outward(value.dtype, value.shape[-1])
 
 
 def _whole(part: Inputs, own: Limits, options: Options, *, defined: bool) -> Result:

@@ -19,7 +19,7 @@ MOST = 0.9  # of the pages: if they read more, all are read
 def hopeless(part: Inputs, own: Limits, page: int, width, tolerance: float) -> Bool[Array, ""]:
     """Whether some rows of a head read most of their pages however small their errors are; no bound relies on it.
 
-    All queries see the same keys; `width` is that of the widest page.
+    All queries see the same keys; `width` is a lower bound on the largest distance of two values.
     """
     dtype, H = part.query.dtype, part.query.shape[-1]
     keys = part.key[0, 0].astype(dtype).reshape(-1, page, H)

@@ -33,12 +33,14 @@ class Limits(NamedTuple):
         rounding: the error of attention to the keys that are read and to the means, in floating point.
         odds: the factor by which rounding can change the ratio of two sums of exponentials.
         size: an upper bound on the size of the logits.
+        width: a lower bound on the largest distance of two values that it sees, as far as one is known before pages.
     """
 
     diameter: Float[Array, "*B G T"]
     rounding: Float[Array, "*B G T"]
     odds: Float[Array, "*B G T"]
     size: Float[Array, "*B G T"]
+    width: Float[Array, "*B G T"]
 
 
 class Plan(NamedTuple):
@@ -85,6 +87,7 @@ def limits_of(
         # A mean key is off by (page + 8) u max|k|, which moves its logits by less than (page + 8) / H of what D allows.
         odds=odds_rounding(of, rescalings=rescalings, share=1 + (page + 8) / of.head),
         size=calm_limit(of),
+        width=jnp.zeros_like(of.query),
     )
 
 
@@ -101,8 +104,8 @@ def plan(
 ) -> Plan:
     """The plan of a tile of queries of one head, for pages of `size` keys.
 
-    The budget is tolerance times a lower bound on diam(V), the width of a page that the query sees whole, less what
-    rounding may take; shares of the error up to a threshold go to the means, the others are read.
+    The budget is tolerance times a lower bound on diam(V), that of `own` or the width of a page that the query sees
+    whole, less what rounding may take; shares of the error up to a threshold go to the means, the others are read.
 
     Cost: 2 T P H operations for the logits, two exponentials and about 30 more for each query and page, and `reach`.
     """
@@ -121,7 +124,7 @@ def plan(
     shift = key_shift * length * (diameter + value_shift) + value_shift
     share = size * (second * diameter + _positive(near) * (coupling * length + shift))
     share = jnp.where(whole & (share < jnp.inf), share, jnp.inf)  # NaN is not known
-    width = jnp.where(whole, width, 0).max(0)
+    width = jnp.maximum(jnp.where(whole, width, 0).max(0), own.width)
     budget = jnp.maximum(tolerance * width - own.rounding, 0) / own.odds * total
     mean = whole & (share <= threshold(share, budget)[None])
     error = jnp.where(mean, share, 0).sum(0)
