@@ -4,6 +4,8 @@ Where all queries see the same keys, the head decides for all its rows together;
 sees.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -64,9 +66,12 @@ def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) ->
 
     ways = [pages, lambda: _whole(part, own, options, defined=defined)]
     way = (dense if look is None else dense & ~look.sorts).astype(jnp.int32)
-    if far.pays(part):
-        way = jnp.where(far.enough(still, own, width, tolerance), len(ways), way)
-        ways.append(lambda: _by_moments(part, own, width, options, defined=defined))
+    # What the way so far may take, by the time of reading every key.
+    least = jnp.where(way == 1, 1.0, far.WORTH)
+    for degree in far.degrees(part):
+        cost = far.cost(still, width, tolerance, degree)
+        way, least = jnp.where(cost < least, len(ways), way), jnp.minimum(cost, least)
+        ways.append(functools.partial(_by_moments, part, own, width, options, degree=degree, defined=defined))
     return lax.switch(way, ways)
 
 
@@ -96,9 +101,9 @@ def _by_pages(part: Inputs, own: Limits, options: Options, *, defined: bool) -> 
     return _output(by_pages.defined(head, own, options), own) if defined else by_pages.attended(head, own, options)
 
 
-def _by_moments(part: Inputs, own: Limits, width, options: Options, *, defined: bool) -> Result:
-    """All keys at once, but for a few rows."""
-    *found, share = far.attended(part, own, width, tolerance=options.tolerance, defined=defined)
+def _by_moments(part: Inputs, own: Limits, width, options: Options, *, degree: int, defined: bool) -> Result:
+    """All keys at once, but for some rows."""
+    *found, share = far.attended(part, own, width, tolerance=options.tolerance, degree=degree, defined=defined)
     pairs = jnp.asarray(part.mask.num_queries * part.mask.num_keys, share.dtype)
     return Result(*found, share * pairs, pairs)
 
