@@ -4,9 +4,9 @@ With c the mean key, w_j = v_j - m the values about theirs, x_j = q.(k_j - c) an
 
     o = m + sum_j p(x_j) w_j / sum_j p(x_j),
 
-of which the sums over keys are moments of keys and values, made once for all queries. a and b depend on |q|; a = 0 where
-that is enough, since the sums then are H by H numbers. If |e^x - p(x)| <= E_g |x| for |x| <= |q| max|k_j - c| over the keys
-of class g, then by Cauchy and Schwarz
+of which the sums over keys are moments of keys and values, made once for all queries. a and b depend on |q|; a = 0
+where that is enough, since the sums then are H by H numbers. If |e^x - p(x)| <= E_g |x| for |x| <= |q| max|k_j - c| over
+the keys of class g, then by Cauchy and Schwarz
 
     |error| <= sqrt(sum_g E_g^2 s_g^2) sqrt(lambda + |o - m|^2) / (1 + s^2 / (2 + R)) + rounding,
 
@@ -33,7 +33,7 @@ from attention.sparse.visible import alike, first_keys, first_rows, spaced
 
 LOOKS = 2048  # rows, and keys, by which it is predicted how many rows need every key
 WORTH = 0.5  # of the time of reading every key: what a polynomial may take, and pages may be worth
-SCALES = tuple(2.0 ** (i / 2) for i in range(-4, 5))  # of R^2 for which polynomials are chosen, by |q|^2 mean |y|^2
+SCALES = tuple(2.0 ** (i / 4) for i in range(-8, 17))  # of the R^2 that polynomials are for, by |q|^2 mean |y|^2
 
 
 def degrees(inputs: Inputs) -> tuple[int, ...]:
@@ -123,7 +123,9 @@ def error_bound(query: Float[Array, "N H"], known: Spread, row: Row, degree: int
     R = length[:, None] * known.radii[None]
     radius = known.radii.max()
     # What rounding makes of the sums over keys, and over entries or monomials of a query, by the sums of their sizes.
-    lost, lost_of_third = (gamma(known.lost + (terms + 16) * product_roundoff(dtype)) for terms in (2 * H, math.comb(H + 1, 2)))
+    lost, lost_of_third = (
+        gamma(known.lost + (terms + 16) * product_roundoff(dtype)) for terms in (2 * H, math.comb(H + 1, 2))
+    )
     vanished = 8 * tiny * H**2 * ((1 + length) * (1 + radius)) ** 2 * (1 + known.depth)
     rounded = lost * length[:, None] ** 2 * known.traces[None] + vanished[:, None]
     upper = jnp.maximum(row.squares, 0) + rounded
@@ -135,7 +137,9 @@ def error_bound(query: Float[Array, "N H"], known: Spread, row: Row, degree: int
     along = length * jnp.sqrt(known.traces.sum()) * known.length
     sums = along * (lost * jnp.abs(line.offset) + lost_of_third * line.slope * length * radius)
     numerator = known.value_shift + sums + vanished
-    denominator = jnp.abs(line.offset) * length * known.key_shift + line.slope * slack + 8 * u * (1 + line.slope * total)
+    denominator = (
+        jnp.abs(line.offset) * length * known.key_shift + line.slope * slack + 8 * u * (1 + line.slope * total)
+    )
     least = 1 - length * known.key_shift + jnp.maximum(total - slack, 0) / (2 + R.max(1))
     error = (remainder + numerator + denominator * away) / jnp.where(least > 0, least, 0)
     # The query, and keys and values about c and m, are rounded, which moves logits and values; and so is the output.

@@ -1,8 +1,8 @@
 """Polynomials near the exponential, p(x) = 1 + b x + a x^2 with |e^x - p(x)| <= E |x| on an interval around 0.
 
-e^x = 1 + x f(x) with f(x) = (e^x - 1) / x, convex and growing, so that E is the largest |f(x) - b - a x|: the best constant
-b on [-R, R] is the mean of f(R) and f(-R), the best line has the slope of f's secant and lies in the middle between the
-secant and the tangent parallel to it. `docs/bounds.md` has the derivation, with rounding.
+e^x = 1 + x f(x) with f(x) = (e^x - 1) / x, convex and growing, so that E is the largest |f(x) - b - a x|: the best
+constant b on [-R, R] is the mean of f(R) and f(-R), the best line has the slope of f's secant and lies in the middle
+between the secant and the tangent parallel to it. `docs/bounds.md` has the derivation.
 """
 
 from typing import NamedTuple

@@ -71,7 +71,9 @@ def spread(key: Float[Array, "S H"], value: Float[Array, "S E"], seen: Bool[Arra
     wide = (1 + 2 * lost) * outward(dtype, CHUNK + -(-S // CHUNK) + H + E)
     traces, size = wide * jnp.trace(second, axis1=1, axis2=2) / count, wide * jnp.trace(values) / count
     u, radii = roundoff(dtype), wide * jnp.where(its, distance[:, None], 0).max(0)
-    shifts = (2 * lost * x + (4 * u + lost**2) * norms(c)[0] for x, c in ((radii.max(), centre), (wide * depth, middle)))
+    shifts = (
+        2 * lost * x + (4 * u + lost**2) * norms(c)[0] for x, c in ((radii.max(), centre), (wide * depth, middle))
+    )
     eigenvalue = spectral(values / count, SQUARINGS) + lost * size
     found = (centre, middle, second / count, coupling / count, None if third is None else third / count)
     return Spread(*found, traces, radii, eigenvalue, jnp.sqrt(size) * wide, wide * depth, *shifts, lost)
