@@ -5,8 +5,8 @@ With c the mean key, w_j = v_j - m the values about theirs, x_j = q.(k_j - c) an
     o = m + sum_j p(x_j) w_j / sum_j p(x_j),
 
 of which the sums over keys are moments of keys and values, made once for all queries. a and b depend on |q|; a = 0
-where that is enough, since the sums then are H by H numbers. If |e^x - p(x)| <= E_g |x| for |x| <= |q| max|k_j - c| over
-the keys of class g, then by Cauchy and Schwarz
+where that is enough, since the sums then are H by H numbers. If |e^x - p(x)| <= E_g |x| for |x| <= |q| max|k_j - c|,
+over the keys of class g, then by Cauchy and Schwarz
 
     |error| <= sqrt(sum_g E_g^2 s_g^2) sqrt(lambda + |o - m|^2) / (1 + s^2 / (2 + R)) + rounding,
 
@@ -33,6 +33,7 @@ from attention.sparse.visible import alike, first_keys, first_rows, spaced
 
 LOOKS = 2048  # rows, and keys, by which it is predicted how many rows need every key
 WORTH = 0.5  # of the time of reading every key: what a polynomial may take, and pages may be worth
+READING = 1.2  # how much longer it takes to read every key for some rows apart
 SCALES = tuple(2.0 ** (i / 4) for i in range(-8, 17))  # of the R^2 that polynomials are for, by |q|^2 mean |y|^2
 
 
@@ -48,8 +49,11 @@ def own_cost(part: Inputs, degree: int) -> float:
     return 2 * row * (G * T + keys) / (G * T * keys * (H + E))
 
 
-def cost(part: Inputs, width: Float[Array, ""], tolerance: float, degree: int) -> Float[Array, ""]:
-    """The time that a key head would take, by that of reading every key, by some rows and keys; no bound relies on it."""
+def costs(part: Inputs, width: Float[Array, ""], tolerance: float) -> list[Float[Array, ""]]:
+    """The time of a key head by each of its `degrees`, if reading every key takes 1; no bound relies on it.
+
+    By the share of some rows that would have to read every key, with moments of some keys.
+    """
     query, key, value, seen, _ = _operands(part)
     rows, keys = spaced(first_rows(part), max(1, LOOKS // part.query.shape[2])), spaced(first_keys(part), LOOKS)
     query = part.query[0, 0][:, rows].reshape(-1, query.shape[-1])
@@ -57,11 +61,15 @@ def cost(part: Inputs, width: Float[Array, ""], tolerance: float, degree: int) -
     # The largest eigenvalue of fewer values is larger: by this, where they are normal.
     more, fewer = (1 + math.sqrt(value.shape[1] / n) for n in (len(key), len(keys)))
     known = known._replace(eigenvalue=known.eigenvalue * (more / fewer) ** 2)
-    scale = _scale(query, known, degree)
-    row = evaluated(query, known, scale, 1)
-    line = nearest(scale * known.traces.sum() * norms(query) ** 2, degree)
-    error = error_bound(query, known, row._replace(line=line), degree, part.key.dtype)
-    return own_cost(part, degree) + jnp.mean(~(error <= tolerance * width))
+
+    def of(degree: int):
+        scale = _scale(query, known, degree)
+        row = evaluated(query, known, scale, 1)  # without the third moments, which hardly move the output
+        line = nearest(scale * known.traces.sum() * norms(query) ** 2, degree)
+        error = error_bound(query, known, row._replace(line=line), degree, part.key.dtype)
+        return own_cost(part, degree) + READING * jnp.mean(~(error <= tolerance * width), dtype=error.dtype)
+
+    return [of(degree) for degree in degrees(part)]
 
 
 def attended(part: Inputs, own: Limits, width: Float[Array, ""], *, tolerance: float, degree: int, defined: bool):

@@ -66,12 +66,12 @@ def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) ->
 
     ways = [pages, lambda: _whole(part, own, options, defined=defined)]
     way = (dense if look is None else dense & ~look.sorts).astype(jnp.int32)
-    # What the way so far may take, by the time of reading every key.
-    least = jnp.where(way == 1, 1.0, far.WORTH)
-    for degree in far.degrees(part):
-        cost = far.cost(still, width, tolerance, degree)
-        way, least = jnp.where(cost < least, len(ways), way), jnp.minimum(cost, least)
-        ways.append(functools.partial(_by_moments, part, own, width, options, degree=degree, defined=defined))
+    if degrees := far.degrees(part):
+        # What the way so far may take, if reading every key takes 1.
+        least = jnp.where(way == 1, 1.0, far.WORTH)
+        for degree, cost in zip(degrees, far.costs(still, width, tolerance), strict=True):
+            way, least = jnp.where(cost < least, len(ways), way), jnp.minimum(cost, least)
+            ways.append(functools.partial(_by_moments, part, own, width, options, degree=degree, defined=defined))
     return lax.switch(way, ways)
 
 

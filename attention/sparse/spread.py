@@ -26,7 +26,7 @@ class Spread(NamedTuple):
         key, value: c and m.
         second: mean(y y^T), a class after the other.
         coupling: mean(w y^T).
-        third: mean(w (y y^T)), by monomials of degree 2; None where it is not needed.
+        third: mean(w (y y^T)), by monomials of degree 2; by none of them where it is not needed.
         traces: mean |y|^2 of each class.
         radii: max |y| of each class, or more.
         eigenvalue: the largest of mean(w w^T), or more.
@@ -40,7 +40,7 @@ class Spread(NamedTuple):
     value: Float[Array, "1 E"]
     second: Float[Array, "K H H"]
     coupling: Float[Array, "E H"]
-    third: Float[Array, "M E"] | None
+    third: Float[Array, "M E"]
     traces: Float[Array, " K"]
     radii: Float[Array, " K"]
     eigenvalue: Float[Array, ""]
@@ -75,7 +75,7 @@ def spread(key: Float[Array, "S H"], value: Float[Array, "S E"], seen: Bool[Arra
         2 * lost * x + (4 * u + lost**2) * norms(c)[0] for x, c in ((radii.max(), centre), (wide * depth, middle))
     )
     eigenvalue = spectral(values / count, SQUARINGS) + lost * size
-    found = (centre, middle, second / count, coupling / count, None if third is None else third / count)
+    found = (centre, middle, second / count, coupling / count, third / count)
     return Spread(*found, traces, radii, eigenvalue, jnp.sqrt(size) * wide, wide * depth, *shifts, lost)
 
 
@@ -98,15 +98,14 @@ def _sums(y: Float[Array, "S H"], w: Float[Array, "S E"], its: Bool[Array, "S K"
     def add(total, part):
         y, w, its = part
         mine = jnp.where(its[:, :, None], y[:, None], 0).reshape(-1, K * H)
-        found = [product("SX,SH->XH", mine, y), product("SE,SH->EH", w, y), product("SE,SF->EF", w, w)]
-        if degree == 2:
-            found.append(product("SM,SE->ME", quadratic(y), w))
-        return jax.tree.map(jnp.add, total, found), None
+        found = product("SX,SH->XH", mine, y), product("SE,SH->EH", w, y), product("SE,SF->EF", w, w)
+        return tuple(map(jnp.add, total, (*found, product("SM,SE->ME", features(y), w)))), None
 
-    sizes = [(K * H, H), (E, H), (E, E), (math.comb(H + 1, 2), E)][: 2 + degree]
+    features = quadratic if degree == 2 else lambda y: y[:, :0]
+    sizes = (K * H, H), (E, H), (E, E), (math.comb(H + 1, 2) if degree == 2 else 0, E)
     parts = tuple(split(x, CHUNK) for x in (y, w, its))
-    found, _ = lax.scan(jax.checkpoint(add), [jnp.zeros(size, y.dtype) for size in sizes], parts)
-    return found[0].reshape(K, H, H), found[1], found[2], found[3] if degree == 2 else None
+    found, _ = lax.scan(jax.checkpoint(add), tuple(jnp.zeros(size, y.dtype) for size in sizes), parts)
+    return found[0].reshape(K, H, H), *found[1:]
 
 
 def quadratic(x: Float[Array, "N H"]) -> Float[Array, "N M"]:
