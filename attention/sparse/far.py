@@ -31,7 +31,7 @@ from attention.sparse.polynomial import Row, evaluated, exactly, mended, mended_
 from attention.sparse.spread import CHUNK, SHARES, Spread, split, spread
 from attention.sparse.visible import alike, first_keys, first_rows, spaced
 
-LOOKS = 2048  # rows, and keys, by which it is predicted how many rows need every key
+LOOKS = 1024  # rows, and keys, by which it is predicted how many rows need every key
 WORTH = 0.5  # of the time of reading every key: what a polynomial may take, and pages may be worth
 READING = 1.2  # how much longer it takes to read every key for some rows apart
 SCALES = tuple(2.0 ** (i / 4) for i in range(-8, 17))  # of the R^2 that polynomials are for, by |q|^2 mean |y|^2

@@ -61,21 +61,23 @@ def test_the_derivative_is_that_of_the_output():
     weights = rng.standard_normal(case.query.shape)
 
     @jax.jit
-    def evaluated(case):
+    def evaluated(case, temperature):
         def loss(case):
-            return (weights * dot_product_attention(*case, method=METHOD, temperature=3.5)).sum()
+            return (weights * dot_product_attention(*case, method=METHOD, temperature=temperature)).sum()
 
-        output, certificate = certified_attention(*case, method=METHOD, temperature=3.5)
+        output, certificate = certified_attention(*case, method=METHOD, temperature=temperature)
         return (weights * output).sum(), jax.grad(loss)(case), certificate.dropped_mass
 
     with jax.enable_x64(True):
-        _, gradient, mass = evaluated(case)
-        shares = np.asarray(mass).mean(1)
-        assert np.any((shares > 0.5) & (shares < 1))  # rows of both kinds in one head
-        moved = lambda h: evaluated(type(case)(*(x + h * d for x, d in zip(case, direction, strict=True))))[0]  # noqa: E731
-        expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
-        found = sum(np.vdot(g, d) for g, d in zip(gradient, direction, strict=True))
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        for temperature in (2.0, 6.0):  # polynomials of degree 2 and 1
+            _, gradient, mass = evaluated(case, temperature)
+            shares = np.asarray(mass).mean(1)
+            assert np.any((shares > 0.5) & (shares < 1)) == (temperature == 2)  # rows of both kinds in one head
+            assert np.any(shares < 0.5) == (temperature == 2)  # and a head by pages
+            some = lambda h: type(case)(*(x + h * d for x, d in zip(case, direction, strict=True)))  # noqa: E731
+            apart = [evaluated(some(h), temperature)[0] for h in (1e-5, -1e-5)]
+            found = sum(np.vdot(g, d) for g, d in zip(gradient, direction, strict=True))
+            np.testing.assert_allclose(found, (apart[0] - apart[1]) / 2e-5, rtol=1e-6)
 
 
 def test_moments_are_taken_where_they_pay_and_all_rows_see_the_same():
