@@ -38,8 +38,8 @@ class Certified(Method):
     Where all queries of a head see the same keys, the head decides for all its rows, before it makes a moment. If there
     are many keys and the logits are small, it takes them all at once: polynomials of degree 1 or 2 for e^{q.k}, whose
     sums over the keys are moments, and every key for the rows whose bound is above the tolerance; which degree, if any,
-    is decided by what each would take (`attention.sparse.far`). If there are at least 2,048 queries and keys, in clusters
-    and in no order, they are sorted into coherent tiles and pages (`attention.sparse.order`). If a look at some rows
+    is decided by what each would take (`attention.sparse.far`). If there are at least 2,048 queries and keys, in
+    clusters and in no order, they are sorted into coherent tiles and pages (`attention.sparse.order`). If a look at some rows
     finds nothing to leave out, every key is read (`attention.sparse.outlook`). Elsewhere each row decides by what it
     sees.
 
