@@ -39,9 +39,9 @@ class Certified(Method):
     are many keys and the logits are small, it takes them all at once: polynomials of degree 1 or 2 for e^{q.k}, whose
     sums over the keys are moments, and every key for the rows whose bound is above the tolerance; which degree, if any,
     is decided by what each would take (`attention.sparse.far`). If there are at least 2,048 queries and keys, in
-    clusters and in no order, they are sorted into coherent tiles and pages (`attention.sparse.order`). If a look at some rows
-    finds nothing to leave out, every key is read (`attention.sparse.outlook`). Elsewhere each row decides by what it
-    sees.
+    clusters and in no order, they are sorted into coherent tiles and pages (`attention.sparse.order`). If a look at
+    some rows finds nothing to leave out, every key is read (`attention.sparse.outlook`). Elsewhere each row decides by
+    what it sees.
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
