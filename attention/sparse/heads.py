@@ -38,8 +38,8 @@ def attended(inputs: Inputs, options: Options, *, defined: bool) -> Result:
 
     # Without a checkpoint JAX 0.10.2 transposes a loop over heads that take different ways wrongly: the tests of
     # polynomials of degree 2 then find cotangents that belong to none of them.
-    head = jax.checkpoint(head) if defined else head
-    found = lax.map(head, jnp.arange(B * K))
+    each = jax.checkpoint(head) if defined else head
+    found = lax.map(each, jnp.arange(B * K))
     rows = (x.reshape(B, K, G, -1, *x.shape[3:])[:, :, :, :T] for x in found[:3])
     return Result(*rows, found.read.sum(), found.seen.sum())
 
