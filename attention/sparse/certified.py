@@ -39,11 +39,12 @@ class Certified(Method):
     Where attention is causal, a tile reads the keys around its diagonal first, and its plan knows what they add up to.
 
     Where all queries of a head see the same keys, the head decides for all its rows, before it makes a moment. If there
-    are more than about twice (H + 2 choose 2) keys and the logits are small, it takes them all at once: their moments
-    up to the second for e^{q.k}, and every key for the few rows whose bound is above the tolerance
-    (`attention.sparse.far`). If there are at least 2,048 queries and keys, in clusters and in no order, they are sorted
-    into coherent tiles and pages (`attention.sparse.order`). If a look at some rows finds nothing to leave out, every
-    key is read (`attention.sparse.outlook`). Elsewhere each row decides by what it sees.
+    are many keys and the logits are small, it takes them all at once: polynomials of degree 1 or 2 for e^{q.k}, whose
+    sums over the keys are moments, and every key for the rows whose bound is above the tolerance; which degree, if any,
+    is decided by what each would take (`attention.sparse.far`). If there are at least 2,048 queries and keys, in
+    clusters and in no order, they are sorted into coherent tiles and pages (`attention.sparse.order`). If a look at
+    some rows finds nothing to leave out, every key is read (`attention.sparse.outlook`). Elsewhere each row decides by
+    what it sees.
 
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
@@ -60,9 +61,10 @@ class Certified(Method):
 
     Cost: with P = S / page, 2 T P H operations and about 40 T P more for the plan, 2 S H (H + E) for the moments, and
     2 (H + E) for each query and key of the blocks of at least 256 keys that a tile reads, at most all of them. Memory
-    O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, (H + 1) (H + 2) (E + 1) operations for
-    each query and key. Derivatives cost those of softmax over all keys, query_chunk S numbers at once. A step of
-    decoding: 2 P H operations and about 40 P a head, what it reads, and 2 page H (H + E) where it fills a page.
+    O((T + S) (H + E) + query_chunk S / page) forward. By moments of all keys, 2 H (6 H + E) operations for each query
+    and key, and H (H + 1) E more by polynomials of degree 2. Derivatives cost those of softmax over all keys,
+    query_chunk S numbers at once. A step of decoding: 2 P H operations and about 40 P a head, what it reads, and
+    2 page H (H + E) where it fills a page.
     Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where
     rounding leaves room for it, and rounding. The certificate has what was reached.
 

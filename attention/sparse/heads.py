@@ -4,6 +4,8 @@ Where all queries see the same keys, the head decides for all its rows together;
 sees.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -37,7 +39,10 @@ def attended(inputs: Inputs, options: Options, pages: Moments | None = None, *, 
         own, mine = jax.tree.map(lambda x: x[b, k], (bounds, pages))
         return _head(inputs.part(b, 1, k, 1), own, options, mine, defined=defined)
 
-    found = lax.map(head, jnp.arange(B * K))
+    # Without a checkpoint JAX 0.10.2 transposes a loop over heads that take different ways wrongly: the tests of
+    # polynomials of degree 2 then find cotangents that belong to none of them.
+    each = jax.checkpoint(head) if defined else head
+    found = lax.map(each, jnp.arange(B * K))
     rows = (x.reshape(B, K, G, -1, *x.shape[3:])[:, :, :, :T] for x in found[:3])
     return Result(*rows, found.read.sum(), found.seen.sum())
 
@@ -49,7 +54,7 @@ def _limits(inputs: Inputs, options: Options) -> Limits:
     rescalings = pages * options.page // block(pages, options.page, by_pages.READ) + 3
     # The moments of all keys mend rows by one sum over all of them; elsewhere sums are over a block and over blocks.
     longest = max(by_pages.LATE_READ, whole.BLOCK, options.page, pages, near)
-    depth = None if far.pays(inputs) else longest + rescalings
+    depth = None if far.degrees(inputs) else longest + rescalings
     return limits(inputs, options.page, rescalings=rescalings, fixed_shift=CALM, depth=depth)
 
 
@@ -84,9 +89,12 @@ def _by_choice(part: Inputs, own: Limits, options: Options, *, defined: bool) ->
 
     ways = [pages, lambda: _whole(part, own, options, defined=defined)]
     way = (dense if look is None else dense & ~look.sorts).astype(jnp.int32)
-    if far.pays(part):
-        way = jnp.where(far.enough(still, own, width, tolerance), len(ways), way)
-        ways.append(lambda: _by_moments(part, own, width, options, defined=defined))
+    if degrees := far.degrees(part):
+        # What the way so far may take, if reading every key takes 1.
+        least = jnp.where(way == 1, 1.0, far.WORTH)
+        for degree, cost in zip(degrees, far.costs(still, width, tolerance), strict=True):
+            way, least = jnp.where(cost < least, len(ways), way), jnp.minimum(cost, least)
+            ways.append(functools.partial(_by_moments, part, own, width, options, degree=degree, defined=defined))
     return lax.switch(way, ways)
 
 
@@ -116,9 +124,9 @@ def _by_pages(part: Inputs, own: Limits, options: Options, pages: Moments | None
     return _output(by_pages.defined(head, own, options), own) if defined else by_pages.attended(head, own, options)
 
 
-def _by_moments(part: Inputs, own: Limits, width, options: Options, *, defined: bool) -> Result:
-    """All keys at once, but for a few rows."""
-    *found, share = far.attended(part, own, width, tolerance=options.tolerance, defined=defined)
+def _by_moments(part: Inputs, own: Limits, width, options: Options, *, degree: int, defined: bool) -> Result:
+    """All keys at once, but for some rows."""
+    *found, share = far.attended(part, own, width, tolerance=options.tolerance, degree=degree, defined=defined)
     pairs = jnp.asarray(part.mask.num_queries * part.mask.num_keys, share.dtype)
     return Result(*found, share * pairs, pairs)
 

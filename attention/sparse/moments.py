@@ -62,8 +62,8 @@ def moments(key: Float[Array, "*B S H"], value: Float[Array, "*B S E"], size: in
         key=mean_key,
         value=mean_value,
         radius=radius,
-        spread=wide * _spectral(product("...sh,...si->...hi", y, y) / size) + lost * radius**2,
-        coupling=wide * _spectral(product("...sh,...se->...he", y, w) / size) + lost * radius * depth,
+        spread=wide * spectral(product("...sh,...si->...hi", y, y) / size) + lost * radius**2,
+        coupling=wide * spectral(product("...sh,...se->...he", y, w) / size) + lost * radius * depth,
         width=widths(value),
         key_shift=sums * (wide * norms(mean_key) + radius),
         value_shift=sums * (wide * norms(mean_value) + depth),
@@ -94,20 +94,29 @@ def outward(dtype, terms: int):
     return 1 + 4 * (terms + 8) * roundoff(dtype)
 
 
-def _spectral(matrix: Float[Array, "*B H E"]) -> Float[Array, "*B"]:
-    """An upper bound on the largest singular value: |(M M^T)^2|_F^(1/4), at most (rank)^(1/8) times too large.
+def spectral(matrix: Float[Array, "*B H E"], squarings: int = 2) -> Float[Array, "*B"]:
+    """An upper bound on the largest singular value, at most rank^(2^-(squarings + 1)) times too large, and rounding.
 
-    The matrix is scaled to a largest entry of one; squares that vanish are then no part of the result.
+    sigma(M)^2 = sigma(M M^T) for each of the squarings, and sigma is at most the Frobenius norm of the last.
     """
-    largest = jnp.abs(matrix).max((-2, -1), keepdims=True)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    M = matrix / unit
-    square = product("...he,...fe->...hf", M, M)
-    fourth = product("...hf,...fg->...hg", square, square)
-    # Each entry of the products is off by less than its terms times u, against norms of at least one.
-    n = max(matrix.shape[-2:])
-    factor = 1 + 8 * n * n * product_roundoff(matrix.dtype)
-    return factor * unit[..., 0, 0] * jnp.linalg.norm(fourth, axis=(-2, -1)) ** 0.25
+    # Of matrices of Frobenius norm one: their entries are rounded, and so are the sums of their product.
+    lost = 2 * (max(matrix.shape[-2:]) + 8) * product_roundoff(matrix.dtype)
+    sizes = []
+    for _ in range(squarings):
+        matrix, size = _scaled(matrix)
+        sizes.append(size)
+        matrix = product("...he,...fe->...hf", matrix, matrix)
+    bound = _scaled(matrix)[1]
+    for size in reversed(sizes):
+        bound = size * jnp.sqrt(bound + lost)
+    return bound
+
+
+def _scaled(matrix: Float[Array, "*B H E"]) -> tuple[Array, Array]:
+    """The matrix with a Frobenius norm of one or a hair less, and by what it was divided."""
+    entries = matrix.reshape(*matrix.shape[:-2], -1)
+    size = norms(entries) * outward(matrix.dtype, entries.shape[-1])
+    return matrix / jnp.where(size > 0, size, 1)[..., None, None], size
 
 
 def _basis(y: Float[Array, "*B C H"]) -> Float[Array, "*B H r"]:

@@ -1,7 +1,7 @@
-"""The outputs of `attention.sparse.far`: by polynomials of second order, and exactly for the few rows that need it."""
+"""The outputs of `attention.sparse.far`: by polynomials, and exactly for the rows that need it."""
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +9,39 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attention.exponential import smooth_power, unit
-from attention.monomials import monomials
 from attention.rounding import product
+from attention.sparse.nearest import Line, nearest
+from attention.sparse.spread import Spread, quadratic, split
 
-CHUNK = 512  # keys, or rows, whose monomials are made at once
 ROWS = 128  # of those that read every key, at once
 
 
-def polynomial(query: Float[Array, "N H"], key, value, seen: Bool[Array, " S"], centre, middle) -> Float[Array, "N E"]:
-    """Outputs around a key and a value, `1 H` and `1 E`: the monomials of `CHUNK` keys or rows at a time."""
-    seen = seen[:, None]
-    columns = jnp.where(seen, jnp.concatenate([value - middle, jnp.ones_like(value[:, :1])], axis=1), 0)
-    y = jnp.where(seen, key - centre, 0)
+class Row(NamedTuple):
+    """Rows by a polynomial.
 
-    def add(total, part):
-        return total + product("SM,SF->MF", _features(part[0]), part[1]), None
+    Attributes:
+        away: the output less m.
+        line: their polynomials.
+        squares: the sums of x^2 over each class of keys, by the number of all keys.
+    """
 
-    def rows(part):
-        found = product("NM,MF->NF", _features(part), sums)
-        return middle + found[:, :-1] / jnp.where(found[:, -1:] > 0, found[:, -1:], 1)
-
-    nothing = jnp.zeros((math.comb(y.shape[1] + 2, 2), columns.shape[1]), y.dtype)
-    sums, _ = lax.scan(jax.checkpoint(add), nothing, (_split(y, CHUNK), _split(columns, CHUNK)))
-    return lax.map(jax.checkpoint(rows), _split(query, CHUNK)).reshape(-1, value.shape[1])[: len(query)]
+    away: Float[Array, "N E"]
+    line: Line
+    squares: Float[Array, "N K"]
 
 
-def _features(x: Float[Array, "N H"]) -> Float[Array, "N M"]:
-    return jnp.concatenate(monomials(x, 2), axis=-1)
+def evaluated(query: Float[Array, "N H"], known: Spread, scale: Float[Array, ""], degree: int) -> Row:
+    """Means over the keys with weights p(x) = 1 + b x + a x^2; `scale` is by how much R^2 exceeds |q|^2 mean |y|^2."""
+    (K, H), E = known.second.shape[:2], known.coupling.shape[0]
+    columns = jnp.concatenate([known.second.reshape(K * H, H), known.coupling])
+    moved = product("NH,XH->NX", query, columns)
+    squares = (moved[:, : K * H].reshape(-1, K, H) * query[:, None]).sum(-1)
+    mean_square = jnp.trace(known.second, axis1=1, axis2=2).sum()
+    line = nearest(scale * mean_square * (query * query).sum(-1), degree)
+    away = line.offset[:, None] * moved[:, -E:]
+    if degree == 2:
+        away = away + (2 * line.slope)[:, None] * product("NM,ME->NE", quadratic(query), known.third)
+    return Row(away / (1 + line.slope * squares.sum(-1))[:, None], line, squares)
 
 
 def exactly(query: Float[Array, "R H"], key: Float[Array, "S H"], across: Float[Array, "F S"], seen) -> Array:
@@ -68,11 +74,5 @@ def mended_by_definition(query, outputs, wrong: Bool[Array, " N"], read: Callabl
         exact = lax.cond(wrong.any(), lambda: read(query), lambda: outputs)
         return jnp.where(wrong[:, None], exact, outputs)
 
-    found = lax.map(jax.checkpoint(tile), tuple(_split(x, ROWS) for x in (query, outputs, wrong)))
+    found = lax.map(jax.checkpoint(tile), tuple(split(x, ROWS) for x in (query, outputs, wrong)))
     return found.reshape(-1, outputs.shape[-1])[: len(query)]
-
-
-def _split(x: Array, size: int) -> Array:
-    """The rows, `size` at a time, the last part filled up with zeros."""
-    more = -len(x) % size
-    return jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, size, *x.shape[1:])

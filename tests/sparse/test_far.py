@@ -13,7 +13,7 @@ from attention.sparse import far
 from attention.testing.cases import draw, families
 from attention.testing.oracle import oracle
 
-B, T, H = 16, 72, 4  # T T >= 2 M (T + T) with M = 15 monomials
+B, T, H = 8, 176, 4  # long enough for polynomials of either degree at a head size of 4
 METHOD = Certified(tolerance=0.05, page=8, query_chunk=48)
 
 
@@ -24,7 +24,7 @@ def attended(case, temperature, lengths, method):
 
 
 def measured(seed: int, dtype: str, method=METHOD):
-    """Error, bound and replaced mass of 16 hard problems with keys of different lengths."""
+    """Error, bound and replaced mass of 8 hard problems with keys of different lengths."""
     rng = np.random.default_rng(seed)
     temperature = np.float32(2.0 ** rng.uniform(-1, 5))
     case = families(seed, B=B, T=T, H=H).astype(dtype)
@@ -39,7 +39,7 @@ def measured(seed: int, dtype: str, method=METHOD):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_error_is_within_its_bound(dtype):
-    """160 problems of 72 queries and 4 heads a dtype: heads of either kind, and rows of either in one head."""
+    """Problems of 176 queries and 4 heads: heads of either kind, and rows of either in one head."""
     masses, ratios = [], []
     for seed in range(10):
         error, bound, mass = measured(seed, dtype)
@@ -53,16 +53,6 @@ def test_error_is_within_its_bound(dtype):
     assert np.concatenate(ratios).max() > 0.01, "a bound a hundred times too wide says little"
 
 
-def test_a_bound_without_its_remainder_is_caught(monkeypatch):
-    monkeypatch.setattr(far, "_remainder", jnp.zeros_like)
-    method = Certified(tolerance=0.0501, page=8, query_chunk=48)  # a program of its own
-    caught = 0
-    for seed in range(6):
-        error, bound, _ = measured(seed, "float32", method)
-        caught += np.sum(error > bound)
-    assert caught > 0
-
-
 def test_the_derivative_is_that_of_the_output():
     """Central differences in float64: truncation of h^2 = 1e-10 and rounding of 1e-16 / h, against 1e-6."""
     rng = np.random.default_rng(0)
@@ -71,29 +61,30 @@ def test_the_derivative_is_that_of_the_output():
     weights = rng.standard_normal(case.query.shape)
 
     @jax.jit
-    def evaluated(case):
+    def evaluated(case, temperature):
         def loss(case):
-            return (weights * dot_product_attention(*case, method=METHOD, temperature=3.5)).sum()
+            return (weights * dot_product_attention(*case, method=METHOD, temperature=temperature)).sum()
 
-        output, certificate = certified_attention(*case, method=METHOD, temperature=3.5)
+        output, certificate = certified_attention(*case, method=METHOD, temperature=temperature)
         return (weights * output).sum(), jax.grad(loss)(case), certificate.dropped_mass
 
     with jax.enable_x64(True):
-        _, gradient, mass = evaluated(case)
-        shares = np.asarray(mass).mean(1)
-        assert np.any((shares > 0.5) & (shares < 1))  # rows of both kinds in one head
-        assert np.any(shares < 0.5)  # and a head by pages
-        moved = lambda h: evaluated(type(case)(*(x + h * d for x, d in zip(case, direction, strict=True))))[0]  # noqa: E731
-        expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
-        found = sum(np.vdot(g, d) for g, d in zip(gradient, direction, strict=True))
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        for temperature in (2.3, 6.0):  # polynomials of degree 2 and 1
+            _, gradient, mass = evaluated(case, temperature)
+            shares = np.asarray(mass).mean(1)
+            assert np.any((shares > 0.5) & (shares < 1)) == (temperature < 6)  # rows of both kinds in one head
+            some = lambda h: type(case)(*(x + h * d for x, d in zip(case, direction, strict=True)))  # noqa: E731
+            apart = [evaluated(some(h), temperature)[0] for h in (1e-5, -1e-5)]
+            found = sum(np.vdot(g, d) for g, d in zip(gradient, direction, strict=True))
+            np.testing.assert_allclose(found, (apart[0] - apart[1]) / 2e-5, rtol=1e-6)
 
 
 def test_moments_are_taken_where_they_pay_and_all_rows_see_the_same():
     case = draw(0, B=1, T=T, H=H)
     plain = functools.partial(prepare, METHOD, *case)
-    assert far.pays(plain())
-    assert not far.pays(plain(is_causal=True))
-    assert not far.pays(plain(local_window_size=(9, 9)))
-    assert not far.pays(plain(bias=np.zeros((1, 1, 1, T))))
-    assert not far.pays(prepare(METHOD, *draw(0, B=1, T=T - 16, H=H)))
+    assert far.degrees(plain()) == (1, 2)
+    assert far.degrees(plain(is_causal=True)) == ()
+    assert far.degrees(plain(local_window_size=(9, 9))) == ()
+    assert far.degrees(plain(bias=np.zeros((1, 1, 1, T)))) == ()
+    assert far.degrees(prepare(METHOD, *draw(0, B=1, T=T // 2, H=H))) == (1,)
+    assert far.degrees(prepare(METHOD, *draw(0, B=1, T=T // 4, H=H))) == ()
