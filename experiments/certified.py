@@ -15,7 +15,7 @@ from rich.progress import track
 import attention
 from attention.sparse.bounds import REACH
 from experiments.certified_figure import figure, table
-from experiments.operand_families import FAMILIES, RACED
+from experiments.operand_families import FAMILIES, NORMS, RACED
 from experiments.operand_files import load
 from experiments.oracle_pages import looked_at
 from experiments.timing import interleaved, ratios, spread
@@ -27,7 +27,7 @@ RACES = (
     ("coherent runs", True, 1.0),
     ("shuffled runs", False, 1.0),
     ("iid", False, 8.0),
-    ("iid, norms of 12", False, 8.0),
+    *((f"iid, norms of {norm}", False, 8.0) for norm in NORMS),
     ("iid", False, 1.0),
 )
 

@@ -1,5 +1,7 @@
 """Queries, keys and values with and without structure, for what is measured of sparse attention."""
 
+import functools
+
 import numpy as np
 
 RUN = 256  # keys around a shared centre
@@ -11,10 +13,10 @@ def iid(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
     return tuple(rng.standard_normal((1, T, N, H), np.float32) for _ in range(3))
 
 
-def long(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
-    """The same with queries and keys 12 long at H = 64, as those of trained models are (11 to 14), where iid is 8."""
+def long(rng: np.random.Generator, T: int, N: int, H: int, causal: bool, *, norm: float):
+    """The same with queries and keys `norm` long at H = 64, where iid is 8, and trained models have 11 to 14."""
     query, key, value = iid(rng, T, N, H, causal)
-    return np.float32(1.5) * query, np.float32(1.5) * key, value
+    return np.float32(norm / 8) * query, np.float32(norm / 8) * key, value
 
 
 def clustered(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
@@ -51,4 +53,6 @@ def shuffled(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
 
 
 FAMILIES = {"iid": iid, "clustered pages": clustered, "power law": power_law, "coherent runs": coherent}
-RACED = FAMILIES | {"shuffled runs": shuffled, "iid, norms of 12": long}
+NORMS = (10, 11, 12)
+RACED = FAMILIES | {"shuffled runs": shuffled}
+RACED |= {f"iid, norms of {norm}": functools.partial(long, norm=norm) for norm in NORMS}
