@@ -1,6 +1,7 @@
 """Queries, keys and values with and without structure, for what is measured of sparse attention."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -54,5 +55,8 @@ def shuffled(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
 
 FAMILIES = {"iid": iid, "clustered pages": clustered, "power law": power_law, "coherent runs": coherent}
 NORMS = (10, 11, 12)
-RACED = FAMILIES | {"shuffled runs": shuffled}
-RACED |= {f"iid, norms of {norm}": functools.partial(long, norm=norm) for norm in NORMS}
+RACED: dict[str, Callable[..., tuple[np.ndarray, ...]]] = {
+    **FAMILIES,
+    "shuffled runs": shuffled,
+    **{f"iid, norms of {norm}": functools.partial(long, norm=norm) for norm in NORMS},
+}
