@@ -20,7 +20,7 @@ from attention.sparse.moments import Moments, moments
 from attention.sparse.online import Partial, across, begun, finished, resumed
 from attention.sparse.plan import Limits, Plan, plan
 from attention.sparse.reading import Found, Head, Rows, definition, online
-from attention.sparse.rows import block, divisor
+from attention.sparse.rows import block
 from attention.sparse.visible import Visible, visible_pages
 
 READ = 256  # keys of a block: with 512 rows a product of less would run on one thread of a CPU
@@ -98,11 +98,11 @@ def _counted(which: Bool[Array, "G R"]) -> Int[Array, "G R"]:
 def _spans(head: Head, options: Options) -> list[tuple[Head, Int[Array, " n"]]]:
     """The tiles in as many parts as pay, with what each of them can see: where causal, later ones see more pages."""
     mask, tiles = head.part.mask, head.part.mask.num_queries // options.rows
-    block = options.page * divisor(len(head.pages.width), max(1, LATE_READ // options.page))
+    size = block(len(head.pages.width), options.page, LATE_READ)
     if not mask.causal or mask.offset is not None or len(head.pages.width) < PAGES:
         return [(head, jnp.arange(tiles))]
     ends = [tiles * (n + 1) // SPANS for n in range(SPANS)]
-    reach = [min(mask.num_keys, -(-end * options.rows // block) * block) for end in ends]
+    reach = [min(mask.num_keys, -(-end * options.rows // size) * size) for end in ends]
     parts = zip([0, *ends], ends, reach, strict=False)
     return [(head.before(keys), jnp.arange(start, end)) for start, end, keys in parts if start < end]
 

@@ -115,16 +115,7 @@ class Certified(Method):
         bound, mass = (jnp.where(seen, x, 0) for x in (bound, mass))
         return output, Certificate(error_bound=bound, dropped_mass=mass, work=work, kind="deterministic")
 
-    def init_state(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: Any,
-        *,
-        num_heads: int | None = None,
-    ) -> SummarisedCache:
+    def init_state(self, batch, num_kv_heads, head_dim, max_length, dtype, *, num_heads=None) -> SummarisedCache:
         del num_heads
         return SummarisedCache.empty(batch, num_kv_heads, head_dim, max_length, self.page, self.bound, dtype)
 

@@ -135,16 +135,7 @@ class Sampled(Paged):
             confidence=1 - self.delta,
         )
 
-    def init_state(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: Any,
-        *,
-        num_heads: int | None = None,
-    ) -> PagedCache:
+    def init_state(self, batch, num_kv_heads, head_dim, max_length, dtype, *, num_heads=None) -> PagedCache:
         del num_heads
         return PagedCache.empty(batch, num_kv_heads, 1, head_dim, max_length, self.page, self.heavy, dtype)
 
