@@ -9,14 +9,9 @@
 /* 2^y - 1 for y <= 0, by the polynomial of `power`, whose first coefficient is 1: exact to a few units of roundoff of the
  * difference, however near 0 y is. docs/bounds.md counts them. */
 INLINE vec power_less_1(vec y) {
-  static const float coefficients[] = {POWER};
-  const int degree = sizeof coefficients / sizeof *coefficients - 1;
-  const vec rounds = fill(12582912.0f);
-  y = larger(fill(-127.0f), y);
-  vec n = (y + rounds) - rounds, f = y - n, total = fill(coefficients[degree]);
-  UNROLLED for (int i = degree - 1; i > 0; i--) total = total * f + coefficients[i];
-  vec scale = (vec)((__builtin_convertvector(n, ivec) + 127) << 23); /* 2^n, and 0 for n = -127 */
-  return scale * (total * f) + (scale - 1);
+  const powers p = powers_of(y);
+  vec scale = (vec)((p.n + 127) << 23); /* 2^n, and 0 for n = -127 */
+  return scale * (p.slope * p.f) + (scale - 1);
 }
 
 /* tanh(y ln(2) / 2) = (1 - 2^-y) / (1 + 2^-y), with the sign of y. */

@@ -76,21 +76,32 @@ INLINE float sum(vec x) {
 #endif
 }
 
-/* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
- *
- * 2^y = 2^n 2^f with n the nearest integer, to which a sum with 1.5 2^23 rounds. POWER are the coefficients of a
- * polynomial for 2^f on |f| <= 1/2; build.py computes them and bounds its remainder by 0.1 u. Horner's scheme adds 2 u,
- * as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact down to 2^-126, and 0 from
- * y = -127 on, so that what underflows loses at most 2^-126.
- */
-INLINE vec power(vec y) {
+/* 2^y = 2^n 2^f with n the nearest integer, to which a sum with 1.5 2^23 rounds, and 2^f near 1 + f slope. */
+typedef struct {
+  ivec n;
+  vec f, slope;
+} powers;
+
+/* POWER are the coefficients of a polynomial for 2^f on |f| <= 1/2, of which the first is 1; build.py computes them and
+ * bounds its remainder by 0.1 u. y <= 0 counts as -127 below that. */
+INLINE powers powers_of(vec y) {
   static const float coefficients[] = {POWER};
   const int degree = sizeof coefficients / sizeof *coefficients - 1;
   const vec rounds = fill(12582912.0f);
   y = larger(fill(-127.0f), y);
-  vec n = (y + rounds) - rounds, f = y - n, total = fill(coefficients[degree]);
-  UNROLLED for (int i = degree - 1; i >= 0; i--) total = total * f + coefficients[i];
-  return (vec)((ivec)total + (__builtin_convertvector(n, ivec) << 23));
+  vec n = (y + rounds) - rounds, f = y - n, slope = fill(coefficients[degree]);
+  UNROLLED for (int i = degree - 1; i > 0; i--) slope = slope * f + coefficients[i];
+  return (powers){__builtin_convertvector(n, ivec), f, slope};
+}
+
+/* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
+ *
+ * Horner's scheme adds 2 u, as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact down
+ * to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126.
+ */
+INLINE vec power(vec y) {
+  const powers p = powers_of(y);
+  return (vec)((ivec)(p.slope * p.f + 1) + (p.n << 23));
 }
 
 #endif
