@@ -15,12 +15,13 @@ FOUNDATION |= {"method": {"registry"}, "expressions": {"method", "registry"}, "l
 FOUNDATION |= {"inputs": {"method", "masks", "logits", "checks"}}
 FOUNDATION |= {"cache": {"method", "masks", "checks", "inputs"}}
 FOUNDATION |= {"rounding": {"masks", "inputs"}}
+FOUNDATION |= {"native": {"native", "method", "masks", "inputs"}}
 FOUNDATION |= {"exact": {"method", "masks", "logits", "inputs", "cache", "rounding"}}
 FOUNDATION |= {"diagnostics": {"method", "masks", "checks", "inputs", "exact", "ranking"}}
 FOUNDATION |= {"scale_rules": {"registry", "masks", "inputs", "exact"}}
 FOUNDATION |= {"api": {"method", "expressions", "masks", "logits", "inputs", "exact"}}
 BELOW_FAMILIES = {"registry", "method", "masks", "checks", "logits", "inputs", "cache", "rounding", "exact"}
-BELOW_FAMILIES |= {"exponential", "monomials", "bernstein", "tiles"}
+BELOW_FAMILIES |= {"exponential", "monomials", "bernstein", "tiles", "native"}
 
 
 def imported(path: Path) -> set[str]:

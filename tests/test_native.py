@@ -17,8 +17,8 @@ import pytest
 
 import attention
 from attention import Exact, Fused
-from attention.fused.native import build
 from attention.inputs import prepare, ungrouped
+from attention.native import build
 from attention.testing import oracle
 from attention.testing.cases import Case, draw, rounding, run
 

@@ -25,8 +25,8 @@ def test_the_wheel_ships_the_library_alone(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"attention"}
     assert "attention/testing/oracle.py" in wheel.namelist()
-    sources = [path.name for path in (ROOT / "attention/fused/native").glob("*.[ch]")]
-    assert {f"attention/fused/native/{name}" for name in sources} <= set(wheel.namelist())
+    sources = [path.name for path in (ROOT / "attention/native").glob("*.[ch]")]
+    assert {f"attention/native/{name}" for name in sources} <= set(wheel.namelist())
 
 
 def test_the_wheel_needs_jax_and_jaxtyping_only(wheel):

@@ -13,7 +13,7 @@ from jax import lax
 
 from attention import Chunked, Exact, Fused, Method, certified_attention, dot_product_attention
 from attention.exact import exact_certificate, weighted_values
-from attention.fused.native.build import KEYS
+from attention.native.build import KEYS
 from attention.rounding import CALM, norms, roundoff
 from attention.testing import oracle, oracle_gradients
 from attention.testing.cases import Case

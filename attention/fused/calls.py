@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
-from attention.fused.native import build
 from attention.inputs import Inputs
+from attention.native import build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

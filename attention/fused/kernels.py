@@ -9,9 +9,9 @@ from typing import Literal
 from jaxtyping import Array
 
 from attention.fused.calls import Call
-from attention.fused.native import calls as native
-from attention.fused.native.build import KEYS
 from attention.fused.vendors import jax_nn, splash, tokamax
+from attention.native import calls as native
+from attention.native.build import KEYS
 
 Name = Literal["native", "xla", "cudnn", "tpu:splash", "tokamax:mosaic", "tokamax:triton", "tokamax:xla_chunked"]
 HALF = ("bfloat16", "float16")

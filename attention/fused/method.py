@@ -23,7 +23,7 @@ Implementation = Literal["auto", Name]
 class Fused(Cached):
     """softmax(beta Q K^T + bias) V by one kernel: a vendor's, or that of this library for a CPU.
 
-    "native" is the one in C of `attention.fused.native`, which the machine's compiler makes when it is first asked
+    "native" is the one in C of `attention.native`, which the machine's compiler makes when it is first asked
     for (or that of `pip install attention-lab[native]`). "xla" and "cudnn" are those of
     `jax.nn.dot_product_attention`, "tpu:splash" is the one that jax ships for TPUs, and the others are those of
     tokamax (`pip install attention-lab[fused]`). "auto" takes the first that can do what a call asks, in the order of

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attention.fused.native.build import ITEMS
 from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.method import UnsupportedError
+from attention.native.build import ITEMS
 
 WIDTH = 32  # numbers, of which the rows of a backward pass's partial sums are at least a multiple
 PARTS = 8  # the most partial sums that a head has
