@@ -20,10 +20,10 @@ import numpy as np
 KEYS = 128  # of a tile: with a panel of queries their weights fill half of a first-level cache
 QUERIES = 256  # of a block, whose state stays in a second-level cache while all tiles of keys pass by
 ITEMS = 16  # that threads should have to share
-DEGREE = 6  # of the polynomial for 2^f
+DEGREE, SHORT_DEGREE = 6, 4  # of the polynomial for 2^f, and of that for weights of 16 bits; even, so that 2^0 = 1
 
 SOURCES = Path(__file__).parent
-TARGETS = ("attention_lab_forward", "attention_lab_decode", "attention_lab_backward")
+TARGETS = tuple(f"attention_lab_{name}" for name in ("forward", "decode", "backward", "read", "halved"))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-sanitize=undefined", "-shared", "-fPIC")
 FLAGS += ("-pthread", "-fvisibility=hidden", f"-DKEYS={KEYS}", f"-DQUERIES={QUERIES}", f"-DITEMS={ITEMS}")
 WHAT_TO_DO = "put gcc or clang on PATH, name a compiler in CC, or pip install attention-lab[native]"
@@ -41,6 +41,12 @@ def fault() -> str:
     return ""
 
 
+@functools.cache
+def has_halves() -> bool:
+    """Whether the library is there, and the processor has products of pairs of 16-bit numbers."""
+    return not fault() and bool(ctypes.c_int32.in_dll(ctypes.CDLL(str(built())), "attention_lab_has_halves").value)
+
+
 def built() -> Path:
     """The file of the library, compiled unless one of the same sources, compiler and processor is there.
 
@@ -48,7 +54,8 @@ def built() -> Path:
         RuntimeError: there is no compiler, or it fails; the message says what to do.
         OSError: the folder cannot be written.
     """
-    command = [*compiler(), *FLAGS, f"-DPOWER={coefficients()}", f"-I{jax.ffi.include_dir()}"]
+    powers = f"-DPOWER={coefficients()}", f"-DSHORT_POWER={coefficients(SHORT_DEGREE)}"
+    command = [*compiler(), *FLAGS, *powers, f"-I{jax.ffi.include_dir()}"]
     library = cache_folder() / f"native-{identity(command)}.so"
     if library.exists():
         return library
@@ -110,18 +117,18 @@ def processor() -> str:
     return f"{platform.system()} {platform.machine()} {platform.processor()} {able}"
 
 
-def coefficients() -> str:
+def coefficients(degree: int = DEGREE) -> str:
     """Of the polynomial that equals 2^f at the Chebyshev nodes of [-1/2, 1/2], rising, as numbers in C.
 
     With d the degree it errs by at most 2 4^-(d + 1) ln(2)^(d + 1) sqrt(2) / (d + 1)!, relative to at least
     sqrt(1/2): for d = 6 by 0.07 units of roundoff. One node is 0, so that 2^0 = 1.
     """
-    nodes = np.cos(np.pi * (np.arange(DEGREE + 1) + 0.5) / (DEGREE + 1)) / 2
+    nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) / 2
     rising = np.linalg.solve(np.vander(nodes, increasing=True), np.exp2(nodes))
     return ",".join(f"{float(np.float32(number)).hex()}f" for number in rising)
 
 
-def remainder() -> float:
+def remainder(degree: int = DEGREE) -> float:
     """The bound on the relative remainder of the polynomial."""
-    n = DEGREE + 1
+    n = degree + 1
     return 2 * 4.0**-n * math.log(2) ** n * 2 / math.factorial(n)

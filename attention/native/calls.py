@@ -44,18 +44,18 @@ def attend_with_residual(inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Flo
     B, K, G, T, H = inputs.query.shape
     query = jnp.moveaxis(inputs.query, 3, 1).reshape(B, T, K * G, H)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (inputs.key, inputs.value))
-    output, residual = _attention(query, key, value, _caps(inputs.soft_cap, query), _sight(inputs.mask, B))
+    output, residual = _attention(query, key, value, caps_of(inputs.soft_cap, query), sight_of(inputs.mask, B))
     return jnp.moveaxis(output.reshape(B, T, K, G, -1), 1, 3), residual.reshape(B, K, G, T)
 
 
-def _caps(soft_cap: Float[Array, ""] | None, query: Float[Array, "B T N H"]) -> Float[Array, "B c"]:
+def caps_of(soft_cap: Float[Array, ""] | None, query: Float[Array, "B T N H"]) -> Float[Array, "B c"]:
     """The cap of each batch element, or `B 0` where there is none."""
     B = query.shape[0]
     none = query[:, :1, :1, :0].reshape(B, 0)  # of the query, so that it varies over the axes of a mesh as that does
     return none if soft_cap is None else jnp.concatenate([none, jnp.full((B, 1), soft_cap)], axis=1)
 
 
-def _sight(mask: Mask, B: int) -> Sight:
+def sight_of(mask: Mask, B: int) -> Sight:
     first, last = (jnp.broadcast_to(x, (B, mask.num_queries)).astype(jnp.int32) for x in mask.key_range())
     queries = keys = jnp.zeros((B, 0), jnp.int32)
     if mask.query_segments is not None and mask.key_segments is not None:
@@ -76,16 +76,16 @@ def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[
 def _attention(query, key, value, caps, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     *batch, T, N, _ = query.shape
     S, E = key.shape[-3], value.shape[-1]
-    shapes = [_like(query, *batch, T, N, E), _like(query, *batch, N, T)]
+    shapes = [like(query, *batch, T, N, E), like(query, *batch, N, T)]
     if T <= FEW:
-        shapes.append(_like(query, *batch, N * T * (E + 2), -(-S // PART)))
+        shapes.append(like(query, *batch, N * T * (E + 2), -(-S // PART)))
     name = "attention_lab_decode" if T <= FEW else "attention_lab_forward"
     call = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")
     output, residual, *_ = call(query, key, value, caps, *sight)
     return output, residual
 
 
-def _like(x: Float[Array, "..."], *shape: int) -> Any:
+def like(x: Float[Array, "..."], *shape: int) -> Any:
     """The type of a result of another shape, which varies over the axes of a mesh that `x` varies over."""
     kind = jax.typeof(x)
     mesh = kind.sharding.mesh
@@ -110,9 +110,9 @@ def _gradients(query, key, value, caps, sight: Sight, output, residual, d_output
     heads = query.size // (T * N * H) * K
     parts = min(PARTS, -(-ITEMS // heads), -(-T // WIDTH))
     wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
-    shapes = [_like(x, *x.shape) for x in (query, key, value)]
-    shapes.append(_like(query, *batch, N, T * caps.shape[-1]))
-    shapes.append(_like(query, *batch, K, S, wide, parts))
+    shapes = [like(x, *x.shape) for x in (query, key, value)]
+    shapes.append(like(query, *batch, N, T * caps.shape[-1]))
+    shapes.append(like(query, *batch, K, S, wide, parts))
     call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
     *gradients, ratios, _ = call(query, key, value, caps, *sight, output, residual, d_output, d_residual)
     # c tanh(l / c) has the derivative r - (1 - r^2) l / c by c, and the sum of dS (1 - r^2) l over the keys is dQ . Q.

@@ -5,26 +5,21 @@
  */
 #include "forward.h"
 
+#include "blocks.h"
 #include "cap.h"
-#include "pack.h"
-#include "pool.h"
-#include "sight.h"
-
-#define BLOCK (2 * QUERIES) /* a query has less than half the state that it has in a backward pass */
-#define SLACK 4 /* powers of two; docs/bounds.md counts what they cost */
 
 typedef struct {
-  float *keys, *values, *weights, *queries, *outputs, *levels, *sums;
-  sight *sights;
+  float *keys, *values, *weights, *queries;
+  sofar found;
 } room;
 
 static room room_for(const problem *p) {
-  int64_t width = up_to(p->E, PANEL), panels = p->G * (block_of(p, BLOCK) / PANEL);
-  int64_t sizes[] = {KEYS * p->H, KEYS * width,   KEYS * PANEL,  panels * p->H * PANEL, panels * PANEL * width,
-                     panels * PANEL, panels * PANEL, (panels * sizeof(sight) + 3) / 4};
-  float *parts[8];
-  workspace(parts, sizes, 8);
-  return (room){parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], (sight *)parts[7]};
+  const int64_t width = up_to(p->E, PANEL), panels = panels_of(p);
+  const int64_t sizes[] = {KEYS * p->H,    KEYS * width,   KEYS * PANEL, panels * p->H * PANEL, panels * PANEL * width,
+                           panels * PANEL, panels * PANEL, (int64_t)(panels * sizeof(sight) + 3) / 4};
+  float *at[8];
+  workspace(at, sizes, 8);
+  return (room){at[0], at[1], at[2], at[3], {at[4], at[5], at[6], (sight *)at[7]}};
 }
 
 /* Where a logit lies more than SLACK above the level that exponentials are relative to, it becomes the level, and sums
@@ -47,7 +42,7 @@ static void raise(vec levels[COLUMNS], const vec largest[COLUMNS], vec totals[CO
 /* The weights of a tile of keys for a panel of queries, and their sums. What came before is to be multiplied by `kept`. */
 static void weigh(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
   const float *queries = r->queries + panel * p->H * PANEL;
-  float *tops = r->levels + panel * PANEL, *sums = r->sums + panel * PANEL;
+  float *tops = r->found.levels + panel * PANEL, *sums = r->found.sums + panel * PANEL;
   vec block[ROWS][COLUMNS], levels[COLUMNS], largest[COLUMNS], totals[COLUMNS];
   UNROLLED for (int j = 0; j < COLUMNS; j++) {
     levels[j] = load(tops + j * LANES), totals[j] = (vec){0};
@@ -57,7 +52,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
     ask_ahead(p, t, panel, key);
     product(block, p->H, r->keys + key * p->H, p->H, 1, queries, PANEL);
     if (p->caps) cap(p, t->b, block, 0);
-    if (keys.masked) hide(p, r->sights + panel, t->b, t->start + key, block);
+    if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
     UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = block[0][j];
     UNROLLED for (int i = 1; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = larger(block[i][j], largest[j]);
@@ -78,13 +73,14 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
 }
 
 /* One tile of keys for one panel of queries. */
-static void step(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys) {
+static void step(const problem *p, const void *context, const tile *t, int64_t panel, stretch keys) {
+  const room *r = context;
   const int64_t width = up_to(p->E, PANEL);
-  float *outputs = r->outputs + panel * PANEL * width, kept[PANEL];
+  float *outputs = r->found.outputs + panel * PANEL * width, kept[PANEL];
   weigh(p, r, t, panel, keys, kept);
   for (int64_t e = 0; e < width; e += PANEL)
     for (int q = 0; q < PANEL; q += ROWS) {
-      const span seen = keys_of_rows(r->sights + panel, q, t->start, keys);
+      const span seen = keys_of_rows(r->found.sights + panel, q, t->start, keys);
       vec block[ROWS][COLUMNS];
       product(block, seen.end - seen.begin, r->weights + seen.begin * PANEL + q, 1, PANEL,
               r->values + seen.begin * width + e, width);
@@ -96,56 +92,23 @@ static void step(const problem *p, const room *r, const tile *t, int64_t panel, 
     }
 }
 
-/* The rows of a panel: sums of weighted values over sums of weights. */
-static void finish(const problem *p, const room *r, int64_t panel, int64_t b, int64_t k, int64_t g, int64_t t) {
-  const int64_t width = up_to(p->E, PANEL);
-  for (int64_t i = 0; i < least(PANEL, p->T - t); i++) {
-    float sum = r->sums[panel * PANEL + i], level = r->levels[panel * PANEL + i];
-    float *row = r->outputs + (panel * PANEL + i) * width, share = sum == 0 ? 0 : 1 / sum;
-    for (int64_t e = 0; e < width; e += LANES) store(row + e, load(row + e) * share);
-    memcpy(p->output + at_query(p, b, t + i, k, g, p->E), row, p->E * sizeof(float));
-    p->level[at_level(p, b, k, g, t + i)] = sum == 0 ? -INFINITY : logf(sum) + level * LN2;
-  }
+static void pack_queries(const problem *p, const void *context, place at, int64_t g, int64_t panel) {
+  const room *r = context;
+  pack_upright(r->queries + panel * p->H * PANEL, p->query + at_query(p, at.b, at.from, at.k, g, p->H),
+               p->K * p->G * p->H, least(PANEL, p->T - at.from), p->H, LOG2E);
 }
 
-/* The last blocks first: where causality shortens the others, the short ones fill up the end. */
-static place place_of(const problem *p, int64_t n) {
-  const int64_t blocks = blocks_of(p, BLOCK), heads = p->B * p->K;
-  if (n >= heads * blocks) return (place){p->B};
-  return (place){n % heads / p->K, n % p->K, (blocks - 1 - n / heads) * block_of(p, BLOCK)};
+static void pack_keys(const problem *p, const void *context, const tile *t, int64_t first, int64_t count) {
+  const room *r = context;
+  const int64_t width = up_to(p->E, PANEL), before = first - t->start;
+  pack_tile(r->keys, p->H, beyond(p->key, at_key(p, t->b, first, t->k, p->H)), p->K * p->H, before, count, p->H);
+  pack_tile(r->values, width, beyond(p->value, at_key(p, t->b, first, t->k, p->E)), p->K * p->E, before, count, p->E);
 }
 
 static void item(const void *context, int64_t n) {
   const problem *p = context;
   const room r = room_for(p);
-  const place at = place_of(p, n), next = place_of(p, n + p->threads);
-  const int64_t size = block_of(p, BLOCK), width = up_to(p->E, PANEL), b = at.b, k = at.k, from = at.from;
-  const int64_t columns = (least(size, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
-  int64_t begin = p->S, end = 0;
-
-  for (int64_t i = 0; i < panels; i++) {
-    int64_t t = from + i % columns * PANEL;
-    r.sights[i] = sight_of(p, b, k, i / columns, t);
-    begin = least(begin, r.sights[i].begin), end = most(end, r.sights[i].end);
-    pack_upright(r.queries + i * p->H * PANEL, p->query + at_query(p, b, t, k, i / columns, p->H), p->K * p->G * p->H,
-                 least(PANEL, p->T - t), p->H, LOG2E);
-  }
-  memset(r.outputs, 0, panels * PANEL * width * sizeof(float));
-  for (int64_t i = 0; i < panels * PANEL; i++) r.levels[i] = -INFINITY, r.sums[i] = 0;
-  for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
-    int64_t first = most(start, begin), count = least(end, start + KEYS) - first;
-    const tile here = {b, k, start, end, panels};
-    int32_t range[2];
-    segment_range(p, b, start, range);
-    pack_tile(r.keys, p->H, beyond(p->key, at_key(p, b, first, k, p->H)), p->K * p->H, first - start, count, p->H);
-    pack_tile(r.values, width, beyond(p->value, at_key(p, b, first, k, p->E)), p->K * p->E, first - start, count, p->E);
-    for (int64_t i = 0; i < panels; i++) {
-      if (start + KEYS >= end) ask_for(p, next, columns, i);
-      stretch keys = stretch_of(p, r.sights + i, start, range);
-      if (keys.begin < keys.end) step(p, &r, &here, i, keys);
-    }
-  }
-  for (int64_t i = 0; i < panels; i++) finish(p, &r, i, b, k, i / columns, from + i % columns * PANEL);
+  pass(p, place_of(p, n), place_of(p, n + p->threads), &r.found, &r, (passing){pack_queries, pack_keys, step});
 }
 
 void forward(const problem *given, const threads *pool) {

@@ -1,4 +1,4 @@
-/* The three kernels. */
+/* The kernels. */
 #ifndef FORWARD_H
 #define FORWARD_H
 
@@ -6,6 +6,7 @@
 #include "problem.h"
 
 void forward(const problem *p, const threads *pool);
+void halved(const problem *p, const threads *pool);
 void backward(const problem *p, const threads *pool);
 void decode(const problem *p, const threads *pool);
 

@@ -4,6 +4,7 @@
 #include "forward.h"
 
 enum { QUERY, KEY, VALUE, CAPS, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, SHOWN, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
+enum { PAGES = SHOWN + 1, QUERY_SCALE, KEY_SCALE }; /* of a pass that reads some pages */
 
 static XLA_FFI_Error *refused(const XLA_FFI_CallFrame *frame, const char *message) {
   XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, 0, message,
@@ -85,6 +86,41 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_
   problem p = described(frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
   forward(&p, &(threads){frame->api, frame->ctx});
+  return 0;
+}
+
+/* The one attribute: how many keys a page has. */
+static void set_pages(problem *p, const XLA_FFI_CallFrame *frame) {
+  const XLA_FFI_Buffer *pages = argument(frame, PAGES);
+  p->pages = pages->data, p->P = pages->dims[pages->rank - 2];
+  p->page = *(const int64_t *)((const XLA_FFI_Scalar *)frame->attrs.attrs[0])->value;
+}
+
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_read(XLA_FFI_CallFrame *frame) {
+  if (told_version(frame)) return 0;
+  XLA_FFI_Error *error = misfit(frame, PAGES + 1, 2);
+  if (error) return error;
+  problem p = described(frame);
+  set_pages(&p, frame);
+  p.output = result(frame, 0), p.level = result(frame, 1);
+  forward(&p, &(threads){frame->api, frame->ctx});
+  return 0;
+}
+
+/* Query and key are integers of 16 bits, and values bfloat16. */
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_halved(XLA_FFI_CallFrame *frame) {
+  if (told_version(frame)) return 0;
+  if (frame->args.size != KEY_SCALE + 1 || frame->rets.size != 2) return refused(frame, "another number of buffers");
+  if (argument(frame, QUERY)->dtype != XLA_FFI_DataType_S16 || argument(frame, KEY)->dtype != XLA_FFI_DataType_S16)
+    return refused(frame, "a query or keys that are not int16");
+  if (argument(frame, VALUE)->dtype != XLA_FFI_DataType_BF16) return refused(frame, "values that are not bfloat16");
+  problem p = described(frame);
+  set_pages(&p, frame);
+  p.query = 0, p.key.type = BFLOAT16; /* as wide as its integers, which are asked for ahead */
+  p.short_query = argument(frame, QUERY)->data, p.short_key = argument(frame, KEY)->data;
+  p.query_scale = argument(frame, QUERY_SCALE)->data, p.key_scale = argument(frame, KEY_SCALE)->data;
+  p.output = result(frame, 0), p.level = result(frame, 1);
+  halved(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }
 

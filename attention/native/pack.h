@@ -71,7 +71,7 @@ INLINE void ask_for(const problem *p, place next, int64_t columns, int64_t i) {
   if (next.b >= p->B) return;
   const int64_t t = next.from + i % columns * PANEL, s = p->first[next.b * p->T + next.from] / KEYS * KEYS + i * PANEL;
   for (int64_t n = 0; n < PANEL && t + n < p->T; n++) {
-    ask((operand){FLOAT32, p->query + at_query(p, next.b, t + n, next.k, i / columns, p->H)}, p->H);
+    if (p->query) ask((operand){FLOAT32, p->query + at_query(p, next.b, t + n, next.k, i / columns, p->H)}, p->H);
     if (!p->d_output) continue;
     ask((operand){FLOAT32, p->output + at_query(p, next.b, t + n, next.k, i / columns, p->E)}, p->E);
     ask((operand){FLOAT32, p->d_output + at_query(p, next.b, t + n, next.k, i / columns, p->E)}, p->E);

@@ -19,15 +19,20 @@ typedef struct {
  * Query t sees keys first[b T + t] to last[b T + t], and of these only those with its segment, unless there are none.
  * shown: of each pair of a query and a key whether it may be seen, unless there are none.
  * caps: B, of the logits of each batch element, or none.
+ * pages: B K G P T, whether a query reads the keys [i page, i page + page) at all; without them it reads what it sees.
  * level: B N T, the log of the sum of exponentials; -inf where no key is seen.
  */
 typedef struct {
   int64_t B, T, S, K, G, H, E;
   const float *query;
   operand key, value;
+  const int16_t *short_query, *short_key; /* in place of both, in a halved pass: what they are times the scales is meant */
+  const float *query_scale, *key_scale;   /* B T N and B S K */
   const float *caps;
   const int32_t *first, *last, *query_segments, *key_segments;
   table shown;
+  const uint8_t *pages;
+  int64_t P, page; /* keys of a page: a multiple of ROWS */
   float *output, *level;
   const float *d_output, *d_level; /* the cotangents, in a backward pass */
   float *d_query, *d_key, *d_value, *partial;
@@ -43,6 +48,9 @@ INLINE int64_t at_key(const problem *p, int64_t b, int64_t s, int64_t k, int64_t
 }
 INLINE int64_t at_level(const problem *p, int64_t b, int64_t k, int64_t g, int64_t t) {
   return ((b * p->K + k) * p->G + g) * p->T + t;
+}
+INLINE const uint8_t *page_at(const problem *p, int64_t b, int64_t k, int64_t g, int64_t page, int64_t t) {
+  return p->pages + (((b * p->K + k) * p->G + g) * p->P + page) * p->T + t;
 }
 INLINE const uint8_t *shown_at(const problem *p, int64_t b, int64_t k, int64_t g, int64_t t, int64_t s) {
   const int64_t *step = p->shown.steps;

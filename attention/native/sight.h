@@ -26,6 +26,11 @@ typedef struct {
   int begin, end;
 } span;
 
+/* Whether any of a panel's queries reads a page, and whether all do. */
+typedef struct {
+  int any, all;
+} readers;
+
 INLINE sight sight_of(const problem *p, int64_t b, int64_t k, int64_t g, int64_t start) {
   sight s = {.begin = p->S, .shared_end = p->S, .least_segment = INT32_MAX, .most_segment = INT32_MIN};
   s.k = k, s.g = g, s.start = start;
@@ -63,6 +68,32 @@ INLINE stretch stretch_of(const problem *p, const sight *s, int64_t start, const
   return (stretch){(int)begin, (int)up_to(end, ROWS), masked};
 }
 
+INLINE readers readers_of(const problem *p, const sight *s, int64_t b, int64_t page) {
+  const uint8_t *read = page_at(p, b, s->k, s->g, page, s->start);
+  uint8_t any = 0, all = 1;
+  if (s->start + PANEL <= p->T)
+    for (int i = 0; i < PANEL; i++) any |= read[i], all &= read[i];
+  else
+    for (int i = 0; i < p->T - s->start; i++) any |= read[i], all &= read[i];
+  return (readers){any, all};
+}
+
+/* The first keys of a stretch whose pages are read, as far as they are so by all of a panel's queries, or by some. */
+INLINE stretch run_of(const problem *p, const sight *s, int64_t b, int64_t start, stretch keys) {
+  if (!p->pages || keys.begin >= keys.end) return keys;
+  stretch run = {keys.begin, keys.begin, keys.masked};
+  for (int end; run.end < keys.end; run.end = end) {
+    const int64_t page = (start + run.end) / p->page;
+    const readers found = page < p->P ? readers_of(p, s, b, page) : (readers){0, 0};
+    const int masked = keys.masked || !found.all;
+    end = least(keys.end, (page + 1) * p->page - start);
+    if (run.begin == run.end) run.masked = masked;
+    if (run.begin < run.end && (!found.any || masked != run.masked)) break;
+    if (!found.any) run.begin = end;
+  }
+  return run;
+}
+
 /* What of a stretch as many queries see as a block has rows, from `row` on of a panel, but for segments. */
 INLINE span keys_of_rows(const sight *s, int row, int64_t start, stretch keys) {
   if (!keys.masked) return (span){keys.begin, keys.end};
@@ -89,9 +120,16 @@ INLINE void shown_to(const problem *p, const sight *s, int64_t b, int64_t key, i
     shown[q] = -(int32_t)*shown_at(p, b, s->k, s->g, least(s->start + q, p->T - 1), least(key, p->S - 1));
 }
 
+/* All ones for each query of a panel that reads the page of a key. */
+INLINE void read_by(const problem *p, const sight *s, int64_t b, int64_t key, int32_t read[PANEL]) {
+  const uint8_t *at = page_at(p, b, s->k, s->g, key / p->page, s->start);
+  for (int q = 0; q < PANEL; q++) read[q] = -(int32_t)at[least(q, p->T - 1 - s->start)];
+}
+
 /* -inf in place of the logits of keys from `key` on that a query does not see. */
 INLINE void hide(const problem *p, const sight *s, int64_t b, int64_t key, vec logits[ROWS][COLUMNS]) {
-  int32_t shown[ROWS][PANEL];
+  int32_t shown[ROWS][PANEL], read[PANEL];
+  if (p->pages) read_by(p, s, b, key, read);
   for (int i = 0; p->shown.data && i < ROWS; i++) shown_to(p, s, b, key + i, shown[i]);
   UNROLLED for (int j = 0; j < COLUMNS; j++) {
     ivec first = load_integers(s->first + j * LANES), last = load_integers(s->last + j * LANES);
@@ -101,6 +139,7 @@ INLINE void hide(const problem *p, const sight *s, int64_t b, int64_t key, vec l
       ivec seen = (first <= here) & (last >= here);
       if (p->key_segments) seen &= segment == p->key_segments[b * p->S + least(here, p->S - 1)];
       if (p->shown.data) seen &= load_integers(shown[i] + j * LANES);
+      if (p->pages) seen &= load_integers(read + j * LANES);
       logits[i][j] = pick(seen, logits[i][j], fill(-INFINITY));
     }
   }

@@ -76,22 +76,26 @@ INLINE float sum(vec x) {
 #endif
 }
 
-/* 2^y = 2^n 2^f with n the nearest integer, to which a sum with 1.5 2^23 rounds, and 2^f near 1 + f slope. */
+#define ROUNDS 12582912.0f /* 1.5 2^23: a sum with it has the nearest integer in its last bits */
+
+/* 2^y = 2^n 2^f with n the nearest integer, sum = n + ROUNDS, and 2^f near (the first coefficient) + f slope. */
 typedef struct {
-  ivec n;
-  vec f, slope;
+  vec sum, f, slope;
 } powers;
 
-/* POWER are the coefficients of a polynomial for 2^f on |f| <= 1/2, of which the first is 1; build.py computes them and
- * bounds its remainder by 0.1 u. y <= 0 counts as -127 below that. */
+/* By the coefficients of a polynomial for 2^f on |f| <= 1/2. y <= 0 counts as -127 below that. */
+INLINE powers powers_by(vec y, const float *coefficients, int degree) {
+  y = larger(fill(-127.0f), y);
+  vec sum = y + ROUNDS, f = y - (sum - ROUNDS), slope = fill(coefficients[degree]);
+  UNROLLED for (int i = degree - 1; i > 0; i--) slope = slope * f + coefficients[i];
+  return (powers){sum, f, slope};
+}
+INLINE ivec exponent_of(powers p) { return __builtin_convertvector(p.sum - ROUNDS, ivec); }
+
+/* By POWER, whose first coefficient is 1; build.py computes it and bounds its remainder by 0.1 u. */
 INLINE powers powers_of(vec y) {
   static const float coefficients[] = {POWER};
-  const int degree = sizeof coefficients / sizeof *coefficients - 1;
-  const vec rounds = fill(12582912.0f);
-  y = larger(fill(-127.0f), y);
-  vec n = (y + rounds) - rounds, f = y - n, slope = fill(coefficients[degree]);
-  UNROLLED for (int i = degree - 1; i > 0; i--) slope = slope * f + coefficients[i];
-  return (powers){__builtin_convertvector(n, ivec), f, slope};
+  return powers_by(y, coefficients, (int)(sizeof coefficients / sizeof *coefficients) - 1);
 }
 
 /* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
@@ -101,7 +105,14 @@ INLINE powers powers_of(vec y) {
  */
 INLINE vec power(vec y) {
   const powers p = powers_of(y);
-  return (vec)((ivec)(p.slope * p.f + 1) + (p.n << 23));
+  return (vec)((ivec)(p.slope * p.f + 1) + (exponent_of(p) << 23));
+}
+
+/* The same for what will be rounded to 16 bits: by SHORT_POWER, and with n from the bits of the sum, those of a number. */
+INLINE vec short_power(vec y) {
+  static const float coefficients[] = {SHORT_POWER};
+  const powers p = powers_by(y, coefficients, (int)(sizeof coefficients / sizeof *coefficients) - 1);
+  return (vec)((ivec)(p.slope * p.f + 1) + ((ivec)p.sum << 23));
 }
 
 #endif

@@ -12,11 +12,13 @@ from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.method import Certificate, Cost, check_positive
 from attention.rounding import calm_limit
+from attention.sparse import kernel
+from attention.sparse.chosen import chosen_tiles
 from attention.sparse.odds import odds_certificate
 from attention.sparse.packed import packed_tiles
 from attention.sparse.paged_method import Paged
 from attention.sparse.pages import PagedCache, Pages, paged
-from attention.sparse.selection import Selection, chosen_tiles
+from attention.sparse.selection import Selection
 from attention.sparse.step import step
 
 
@@ -77,7 +79,9 @@ class BlockTopK(Paged):
 
     @classmethod
     def examples(cls) -> "tuple[BlockTopK, ...]":
-        return (cls(blocks=1, block_size=3, query_block=7, window=2, sinks=1),)
+        # Pages that one kernel takes, and pages that none does.
+        options = {"blocks": 1, "query_block": 7, "sinks": 1}
+        return cls(block_size=3, window=2, **options), cls(block_size=8, **options)
 
     def ladder(self, length: int) -> "tuple[BlockTopK, ...]":
         pages = -(-length // self.block_size)
@@ -91,7 +95,10 @@ class BlockTopK(Paged):
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
         output, odds, read, _ = self._over_heads(inputs, self._pages(inputs), certified=True)
-        return output, odds_certificate(inputs, odds, read.mean())
+        rescalings = (
+            kernel.rescalings(inputs.mask.num_keys, self.block_size) if kernel.able(inputs, self.block_size) else 0
+        )
+        return output, odds_certificate(inputs, odds, read.mean(), rescalings=rescalings)
 
     def init_state(self, batch, num_kv_heads, head_dim, max_length, dtype, *, num_heads=None) -> PagedCache:
         groups = (num_heads or num_kv_heads) // num_kv_heads
@@ -125,9 +132,11 @@ class BlockTopK(Paged):
                 operands = query, inputs.key[b, k], inputs.value[b, k]
                 return *packed_tiles(self._rule(), *operands, mask, bound, cap, certified=certified), None
             own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
+            key, value = (x.reshape(1, 1, -1, x.shape[-1])[:, :, : mask.num_keys] for x in own[:2])
+            part = dataclasses.replace(inputs, query=query[None, None], key=key, value=value, mask=mask)
             chosen, bound = jax.tree.map(lambda x: x[b, k, g], (begun, limit))
             bound = None if bound is None else bound[None]
-            return chosen_tiles(self._rule(), query, own, mask, chosen, bound, cap, certified=certified)
+            return chosen_tiles(self._rule(), part, own, chosen, bound, certified=certified)
 
         found = lax.map(head, jnp.arange(B * K * G))
         return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)

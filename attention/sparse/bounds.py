@@ -103,6 +103,18 @@ def value_reach(inputs: Inputs) -> Float[Array, "B K 1 T"]:
     return 2 * jnp.minimum(*radii)
 
 
+def value_width(inputs: Inputs) -> Float[Array, "B K 1 T"]:
+    """Max |v_j - v_0| over the keys of a row that sees a prefix of them, rounded inward: a lower bound on the diameter.
+
+    0 for every row where a window, segments or a table may leave out the first key. Cost: O(S E) time a key head.
+    """
+    value, mask = inputs.value.astype(inputs.query.dtype), inputs.mask
+    if mask.window is not None or mask.query_segments is not None or mask.dense is not None:
+        return jnp.zeros((*value.shape[:2], 1, mask.num_queries), value.dtype)
+    apart = norms(value - value[:, :, :1]) / outward(value.dtype, value.shape[-1])
+    return jnp.where(sees_any(mask), max_over_visible(mask, apart), 0)
+
+
 def tail_share(logits: Float[Array, "*N S"], dropped: Bool[Array, "*N S"]) -> Float[Array, "*N"]:
     """The share of the dropped entries in the sum of exponentials, each counted as at least `tiny`; -inf is none."""
     top = logits.max(-1, keepdims=True)
@@ -112,7 +124,7 @@ def tail_share(logits: Float[Array, "*N S"], dropped: Bool[Array, "*N S"]) -> Fl
     return tail / jnp.where(tail > 0, tail + jnp.where(dropped, 0, terms).sum(-1), 1)
 
 
-def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, "B K G T"]:
+def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"], *, rescalings: int = 0) -> Float[Array, "B K G T"]:
     r"""An upper bound on the softmax mass of the dropped keys, from their computed share `tail` of the sum.
 
     With D a bound on the rounding of a logit, the true odds of the dropped against the kept keys are at most
@@ -126,7 +138,7 @@ def dropped_mass(inputs: Inputs, tail: Float[Array, "B K G T"]) -> Float[Array, 
     changes tau, and not the bound on it.
     """
     # No mass is above 1, nor is NaN known.
-    return jnp.where(tail == 0, 0, jnp.fmin(odds_rounding(inputs, rescalings=0) * tail, 1))
+    return jnp.where(tail == 0, 0, jnp.fmin(odds_rounding(inputs, rescalings=rescalings) * tail, 1))
 
 
 def odds_rounding(inputs: Inputs | Sizes, *, rescalings: int, share: float = 1.0) -> Float[Array, "B K G T"]:
@@ -140,16 +152,21 @@ def odds_rounding(inputs: Inputs | Sizes, *, rescalings: int, share: float = 1.0
 
 
 def sparse_certificate(
-    inputs: Inputs, tail: Float[Array, "B K G T"], *, work: Float[Array, ""] | float, fixed_shift: float = 0.0
+    inputs: Inputs,
+    tail: Float[Array, "B K G T"],
+    *,
+    work: Float[Array, ""] | float,
+    fixed_shift: float = 0.0,
+    rescalings: int = 0,
 ) -> Certificate:
     r"""The certificate of softmax over some of the keys, of which the others have the computed share `tail`.
 
     o - o^ = tau (mean of the kept values - mean of the dropped), so ||o - o^|| <= tau diam(V). The softmax over
     the kept keys is itself rounded, by no more than `rounding_bound`, which holds for any part of the keys and takes
-    `fixed_shift`.
+    `fixed_shift` and `rescalings`.
     """
-    mass = dropped_mass(inputs, tail)
-    rounding = rounding_bound(inputs, rescalings=0, fixed_shift=fixed_shift)
+    mass = dropped_mass(inputs, tail, rescalings=rescalings)
+    rounding = rounding_bound(inputs, rescalings=rescalings, fixed_shift=fixed_shift)
     bound = 1.001 * mass * value_diameter(inputs) + rounding
     seen = sees_any(inputs.mask)
     return Certificate(

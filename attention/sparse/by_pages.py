@@ -79,11 +79,11 @@ def attended(head: Head, own: Limits, options: Options) -> Result:
         return (number[:, -1], RARE * wide.sum(1) <= options.rows), (*numbers, found.read + fixed, found.seen + fixed)
 
     before, parts = (jnp.zeros(G, jnp.int32), jnp.zeros(G, bool)), []
-    for part, tiles in _spans(head, options):
+    for part, tiles in spans(head, options):
         before, found = lax.scan(functools.partial(tile, part), before, tiles)
         parts.append(found)
     *numbers, read, seen = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    *results, late, level, total = (_joined(x) for x in numbers)
+    *results, late, level, total = (joined(x) for x in numbers)
     if most:
         results, more = _late(head, own, options, results, late, (level, total))
         read = read.sum() + more
@@ -95,7 +95,7 @@ def _counted(which: Bool[Array, "G R"]) -> Int[Array, "G R"]:
     return lax.associative_scan(jnp.add, which.astype(jnp.int32), axis=1)
 
 
-def _spans(head: Head, options: Options) -> list[tuple[Head, Int[Array, " n"]]]:
+def spans(head: Head, options: Options) -> list[tuple[Head, Int[Array, " n"]]]:
     """The tiles in as many parts as pay, with what each of them can see: where causal, later ones see more pages."""
     mask, tiles = head.part.mask, head.part.mask.num_queries // options.rows
     size = block(len(head.pages.width), options.page, LATE_READ)
@@ -113,7 +113,7 @@ def defined(head: Head, own: Limits, options: Options) -> Float[Array, "G T E"]:
     def tile(i):
         return definition(head, _tile(head, own, options, i * options.rows))
 
-    return _joined(lax.map(jax.checkpoint(tile), jnp.arange(head.part.mask.num_queries // options.rows)))
+    return joined(lax.map(jax.checkpoint(tile), jnp.arange(head.part.mask.num_queries // options.rows)))
 
 
 def _late(head: Head, own: Limits, options: Options, results: list, late: Bool[Array, "G T"], near):
@@ -175,14 +175,20 @@ def _without(chosen: Plan, left: Bool[Array, "G R"]) -> Plan:
 
 
 def _certified(rows: Rows, found: Found) -> tuple[Float[Array, "G R"], Float[Array, "G R"]]:
-    """The error bound and a bound on the replaced mass."""
-    # The true sum of exponentials is no less than the sum found, but for rounding: a mean's part is a lower bound.
-    relative = rows.own.odds * jnp.exp(-found.residual)
-    tail, mass = (jnp.where(x > 0, x * relative, 0) for x in (rows.plan.error, rows.plan.mass))
-    bound = 1.001 * tail + rows.own.rounding
+    return certified(rows.own, rows.plan.error, rows.plan.mass, found.residual)
+
+
+def certified(own: Limits, error, mass, residual) -> tuple[Float[Array, "*G R"], Float[Array, "*G R"]]:
+    """The error bound and a bound on the replaced mass, from those of the plan, in units of e^top, as `residual` is.
+
+    The true sum of exponentials is no less than the sum found, but for rounding: a mean's part is a lower bound.
+    """
+    relative = own.odds * jnp.exp(-residual)
+    tail, mass = (jnp.where(x > 0, x * relative, 0) for x in (error, mass))
+    bound = 1.001 * tail + own.rounding
     return jnp.where(jnp.isnan(bound), jnp.inf, bound), jnp.fmin(mass, 1)
 
 
-def _joined(x: Array) -> Array:
+def joined(x: Array) -> Array:
     """The rows of all tiles after one another: `G T ...` from `count G rows ...`."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])

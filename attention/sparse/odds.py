@@ -55,11 +55,13 @@ def _odds(lost: Float[Array, "*N"], total: Float[Array, "*N"]) -> Float[Array, "
     return jnp.where(lost == 0, 0, jnp.where(total > 0, against, jnp.inf))
 
 
-def odds_certificate(inputs: Inputs, against: Float[Array, "B K G T"], work: Float[Array, ""]) -> Certificate:
+def odds_certificate(
+    inputs: Inputs, against: Float[Array, "B K G T"], work: Float[Array, ""], *, rescalings: int = 0
+) -> Certificate:
     """The bound tau diam(V), and rounding: the odds a : 1 of what was not read give tau <= a / (1 + a).
 
     A row that read nothing of what it sees has output 0, whose error no diameter bounds: infinite.
     """
     share = jnp.where(against < 1, against / (1 + against), 1 / (1 + 1 / against))
-    known = sparse_certificate(inputs, share, work=work, fixed_shift=CALM)
+    known = sparse_certificate(inputs, share, work=work, fixed_shift=CALM, rescalings=rescalings)
     return dataclasses.replace(known, error_bound=jnp.where(jnp.isinf(against), jnp.inf, known.error_bound))

@@ -33,6 +33,11 @@ def resumed(level: Float[Array, " N"], total: Float[Array, " N"], output: Float[
     return Partial(level, jnp.concatenate([output.T * total[None], total[None]]))
 
 
+def weighing(residual: Float[Array, " N"]) -> Partial:
+    """Rows of whose keys nothing is kept but the log of the sum of their exponentials."""
+    return Partial(residual * unit(residual.dtype), jnp.ones((1, len(residual)), residual.dtype))
+
+
 def added(
     found: Partial,
     size: Float[Array, " N"],

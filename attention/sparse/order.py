@@ -13,12 +13,14 @@ References:
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.inputs import Inputs
 from attention.rounding import product, roundoff
+from attention.sparse.kernel import Short
 from attention.sparse.plan import Limits
 from attention.sparse.visible import alike, first_keys, first_rows, spaced
 
@@ -67,7 +69,7 @@ def looked(part: Inputs, page: int) -> Look:
     return Look(found, (found.count > 1) & ~near)
 
 
-def ordered(part: Inputs, own: Limits, look: Look, page: int):
+def ordered(part: Inputs, own: Limits, added: Short | None, look: Look, page: int):
     """The operands and limits of one key head, sorted if that pays, and what undoes it.
 
     Cost: if it sorts, 2 (T + S) K H operations and sorts. Nothing has a derivative but the values that are moved.
@@ -75,20 +77,20 @@ def ordered(part: Inputs, own: Limits, look: Look, page: int):
     query, key, rows, keys = _still(part)
     found, sorts = look
 
-    def moved(part, own):
+    def moved(part, bounds):
         by_key = by_pages(jnp.where(jnp.arange(len(key)) < keys, labels(key, found, found.apart), MOST), page)
         label = labels(query.reshape(-1, query.shape[-1]), found, jnp.zeros_like(found.apart)).reshape(query.shape[:2])
         label = jnp.where(jnp.arange(query.shape[1])[None] < rows, label, MOST)
         by_query = jnp.argsort(label, axis=1, stable=True)
         key_, value = (jnp.take(x, by_key, axis=2, unique_indices=True) for x in (part.key, part.value))
         part = dataclasses.replace(part, query=_moved(part.query[0, 0], by_query)[None, None], key=key_, value=value)
-        return part, Limits(*(_moved(x, by_query) for x in own)), jnp.argsort(by_query, axis=1)
+        return part, jax.tree.map(lambda x: _moved(x, by_query), bounds), jnp.argsort(by_query, axis=1)
 
-    def kept(part, own):
-        return part, own, jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
+    def kept(part, bounds):
+        return part, bounds, jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
 
-    part, own, back = lax.cond(sorts, moved, kept, part, own)
-    return part, own, lambda x: lax.cond(sorts, lambda: _moved(x, back), lambda: x)
+    part, bounds, back = lax.cond(sorts, moved, kept, part, (own, added))
+    return part, *bounds, lambda x: lax.cond(sorts, lambda: _moved(x, back), lambda: x)
 
 
 def _still(part: Inputs):

@@ -29,7 +29,7 @@ def packed_tiles(
 ):
     """Outputs `T E`, odds of what was not read `T` (None unless certified), and the share of pages read.
 
-    As `attention.sparse.selection.chosen_tiles`, with the tokens sorted by segment. There may be as many tiles as
+    As `attention.sparse.chosen.chosen_tiles`, with the tokens sorted by segment. There may be as many tiles as
     queries: of R places where one may begin, those are passed over where none does.
     """
     (G, T, _), S, C = query.shape, mask.num_keys, rule.block_size

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attention.exact import softmax
 from attention.exponential import unit
@@ -11,6 +11,7 @@ from attention.inputs import Inputs
 from attention.logits import soft_capped
 from attention.masks import slice_or_keep
 from attention.rounding import product
+from attention.sparse import kernel
 from attention.sparse.online import across, added, begun, finished
 from attention.sparse.plan import Limits
 from attention.sparse.visible import visible_pages
@@ -54,6 +55,13 @@ def attended(part: Inputs, own: Limits, block: int) -> tuple[Float[Array, "G T E
 
     output, pairs = lax.map(tile, Tiles(T, R).starts)
     return Tiles(T, R).join(output, 1), pairs.sum()
+
+
+def by_kernel(part: Inputs, fits: Bool[Array, "G T"] | None) -> tuple[Float[Array, "G T E"], Float[Array, ""]]:
+    """The same by the kernel in C; `fits` says which rows in 16 bits."""
+    (G, T), S = part.query.shape[2:4], part.mask.num_keys
+    output, _ = kernel.read(part, jnp.ones((1, 1, T), bool), S, fits)
+    return output, jnp.asarray(G * T * S, output.dtype)
 
 
 def defined(part: Inputs, rows: int) -> Float[Array, "G T E"]:

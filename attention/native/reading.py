@@ -1,0 +1,88 @@
+"""Attention to some pages of keys in C: in float32, and in 16 bits. No derivative: what calls it has one."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from attention.inputs import Inputs
+from attention.native.calls import caps_of, like, sight_of
+
+UNIT = 8  # keys, of which a page is a multiple
+WHOLE = 32700.0  # how long the integers of a query or a key are: no sum of products leaves 32 bits
+
+Read = tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]
+
+
+class Halves(NamedTuple):
+    """Operands in 16 bits: integers times a scale for queries and keys, bfloat16 for values.
+
+    Attributes:
+        query, key: `B T N H` and `B S K H`.
+        value: `B S K E`.
+        query_scale, key_scale: `B T N` and `B S K`.
+    """
+
+    query: Int[Array, "B T N H"]
+    key: Int[Array, "B S K H"]
+    value: Float[Array, "B S K E"]
+    query_scale: Float[Array, "B T N"]
+    key_scale: Float[Array, "B S K"]
+
+
+def read(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> Read:
+    """Output and log of the sum of exponentials over the keys that a row sees in the pages that it reads.
+
+    Args:
+        inputs: the operands; a bias is not looked at.
+        pages: whether a row reads the keys from `page` i on; none beyond the last one.
+        page: how many keys a page has, a multiple of `UNIT`.
+    """
+    query, key, value = _across(inputs)
+    operands = query, key, value, caps_of(inputs.soft_cap, query)
+    return _called("attention_lab_read", operands, inputs, pages, (), page)
+
+
+def read_halved(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> Read:
+    """The same in 16 bits, where `build.has_halves()`: of the operands as `halves` has them, with weights in bfloat16.
+
+    A cap is not looked at.
+    """
+    short = halves(inputs)
+    operands = *short[:3], caps_of(None, short.query_scale[..., None, None])
+    return _called("attention_lab_halved", operands, inputs, pages, short[3:], page)
+
+
+def halves(inputs: Inputs) -> Halves:
+    """The operands rounded to 16 bits."""
+    query, key, value = _across(inputs)
+    (query, query_scale), (key, key_scale) = (_integers(x.astype(query.dtype)) for x in (query, key))
+    return Halves(query, key, value.astype(jnp.bfloat16), query_scale, key_scale)
+
+
+def _integers(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array, "*B"]]:
+    """Integers of 16 bits, and what they are to be multiplied by: 0 for a vector whose size vanishes."""
+    largest = jnp.abs(x).max(-1)
+    unit = jnp.where(largest > 0, largest, 1)
+    scale = unit * jnp.linalg.norm(x / unit[..., None], axis=-1) / WHOLE
+    scale = jnp.where(scale >= jnp.finfo(x.dtype).tiny, scale, 0)
+    return jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int16), scale
+
+
+def _across(inputs: Inputs):
+    """Query, key and value as the caller of attention lays them out."""
+    B, K, G, T, H = inputs.query.shape
+    query = jnp.moveaxis(inputs.query, 3, 1).reshape(B, T, K * G, H)
+    return query, *(jnp.swapaxes(x, 1, 2) for x in (inputs.key, inputs.value))
+
+
+def _called(name: str, operands, inputs: Inputs, pages, scales, page: int) -> Read:
+    B, K, G, T, _ = inputs.query.shape
+    assert page % UNIT == 0, f"pages of {page} keys are no multiple of {UNIT}"
+    sight = sight_of(inputs.mask, B)
+    shapes = [like(inputs.query, B, T, K * G, inputs.value.shape[-1]), like(inputs.query, B, K * G, T)]
+    call = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")
+    output, residual = call(*operands, *sight, pages, *scales, page=np.int64(page))
+    return jnp.moveaxis(output.reshape(B, T, K, G, -1), 1, 3), residual.reshape(B, K, G, T)
