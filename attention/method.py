@@ -43,6 +43,7 @@ class Capabilities:
         sees_all: every visible key contributes, so that an infinite temperature gives the mean over them.
         rounding: the floating-point error of the method against itself in exact arithmetic is at most this
             multiple of `attention.rounding.rounding_bound`, at norms of order one.
+        coarse: may compute in fewer bits than its operands have, within the error that its certificate tells of.
     """
 
     causal: bool = False
@@ -61,6 +62,7 @@ class Capabilities:
     head_independent: bool = True
     sees_all: bool = True
     rounding: float = 1.0
+    coarse: bool = False
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,11 @@
 #include "forward.h"
 #include "halves.h"
 
+/* Whether the processor has instructions for it. */
+__attribute__((visibility("default"))) const int32_t attention_lab_has_halves = HALVES;
+
+#if HALVES
+
 typedef struct {
   int32_t *keys, *values, *weights, *queries;
   float *key_scales, *query_scales;
@@ -167,11 +172,10 @@ static void item(const void *context, int64_t n) {
   pass(p, place_of(p, n), place_of(p, n + p->threads), &r.found, &r, (passing){pack_queries, pack_keys, step});
 }
 
-/* Whether the processor has instructions for it. */
-__attribute__((visibility("default"))) const int32_t attention_lab_has_halves = HALVES;
-
 void halved(const problem *given, const threads *pool) {
   problem p = *given;
   p.threads = pool_size(pool);
   share(pool, p.B * p.K * blocks_of(&p, BLOCK), item, &p);
 }
+
+#endif

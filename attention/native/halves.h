@@ -24,21 +24,6 @@ INLINE ivec pairs_of(vec x, vec y) {
   return (ivec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
 }
 
-#else
-#define HALVES 0
-
-INLINE ivec add_integers(ivec sums, ivec x, ivec y) {
-  return sums + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
-}
-INLINE vec add_bfloat16(vec sums, ivec x, ivec y) {
-  sums += (vec)(x << 16) * (vec)(y << 16);
-  return sums + (vec)(x & -65536) * (vec)(y & -65536);
-}
-INLINE ivec rounded(vec x) { return ((ivec)x + 0x7FFF + ((ivec)x >> 16 & 1)) & -65536; }
-INLINE ivec pairs_of(vec x, vec y) { return (rounded(x) >> 16 & 0xFFFF) | rounded(y); }
-
-#endif
-
 INLINE ivec load_pairs(const int32_t *from) { return load_integers(from); }
 INLINE void store_pairs(int32_t *to, ivec x) { *(loose_ivec *)to = x; }
 
@@ -59,5 +44,9 @@ INLINE void store_pairs(int32_t *to, ivec x) { *(loose_ivec *)to = x; }
   }
 PRODUCT_OF_PAIRS(product_of_integers, ivec, add_integers)
 PRODUCT_OF_PAIRS(product_of_bfloat16, vec, add_bfloat16)
+
+#else
+#define HALVES 0
+#endif
 
 #endif

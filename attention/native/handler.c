@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "forward.h"
+#include "halves.h"
 
 enum { QUERY, KEY, VALUE, CAPS, FIRST, LAST, QUERY_SEGMENTS, KEY_SEGMENTS, SHOWN, OUTPUT, LEVEL, D_OUTPUT, D_LEVEL };
 enum { PAGES = SHOWN + 1, QUERY_SCALE, KEY_SCALE }; /* of a pass that reads some pages */
@@ -120,8 +121,12 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_halved(XLA_F
   p.short_query = argument(frame, QUERY)->data, p.short_key = argument(frame, KEY)->data;
   p.query_scale = argument(frame, QUERY_SCALE)->data, p.key_scale = argument(frame, KEY_SCALE)->data;
   p.output = result(frame, 0), p.level = result(frame, 1);
+#if HALVES
   halved(&p, &(threads){frame->api, frame->ctx});
   return 0;
+#else
+  return refused(frame, "no products of 16-bit numbers on this processor");
+#endif
 }
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_FFI_CallFrame *frame) {

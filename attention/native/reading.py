@@ -51,7 +51,7 @@ def read_halved(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> R
     A cap is not looked at.
     """
     short = halves(inputs)
-    operands = *short[:3], caps_of(None, short.query_scale[..., None, None])
+    operands = *short[:3], caps_of(None, short.query_scale[..., None])
     return _called("attention_lab_halved", operands, inputs, pages, short[3:], page)
 
 

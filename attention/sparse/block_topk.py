@@ -39,6 +39,9 @@ class BlockTopK(Paged):
     Where sequences are packed, tiles and pages count from the first token of each segment, whose output is what it is
     alone; tokens of one id may lie in several runs (`attention.sparse.packed`).
 
+    On a CPU the kernel in C reads the pages (`attention.sparse.kernel`), for operands of at most 32 bits, pages of a
+    multiple of 8 keys, unpacked sequences and more than 8 queries; derivatives are those of tiles in JAX.
+
     In decoding, boxes are kept up to date in the state, and so is the choice of the tile at hand.
 
     Attributes:
@@ -133,7 +136,8 @@ class BlockTopK(Paged):
                 return *packed_tiles(self._rule(), *operands, mask, bound, cap, certified=certified), None
             own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
             key, value = (x.reshape(1, 1, -1, x.shape[-1])[:, :, : mask.num_keys] for x in own[:2])
-            part = dataclasses.replace(inputs, query=query[None, None], key=key, value=value, mask=mask)
+            one = jnp.ones((), query.dtype)  # beta, which the query has
+            part = Inputs(query=query[None, None], key=key, value=value, mask=mask, beta=one, soft_cap=cap)
             chosen, bound = jax.tree.map(lambda x: x[b, k, g], (begun, limit))
             bound = None if bound is None else bound[None]
             return chosen_tiles(self._rule(), part, own, chosen, bound, certified=certified)

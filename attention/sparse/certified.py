@@ -1,4 +1,4 @@
-"""Attention within a tolerance: pages of keys are read, or replaced by their means where that is provably enough."""
+"""Attention within a tolerance: keys are read, in as many bits as it takes, or replaced by their means."""
 
 import dataclasses
 import functools
@@ -46,6 +46,10 @@ class Certified(Method):
     some rows finds nothing to leave out, every key is read (`attention.sparse.outlook`). Elsewhere each row decides by
     what it sees.
 
+    What is read on a CPU is read by the kernel in C (`attention.sparse.kernel`), for operands of at most 32 bits
+    without a bias, pages of a multiple of 8 keys and more than 8 queries; and by those rows in 16 bits for which that
+    is provably enough, where the processor has products of 16-bit numbers (AVX-512 VNNI and BF16).
+
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
     In decoding, the state keeps the moments of whole pages, made as a page fills, and the largest norms. A step of one
@@ -55,8 +59,8 @@ class Certified(Method):
     Attributes:
         tolerance: of the error, in units of the distance of the two values farthest apart; 0 reads everything.
         page: keys of a page, n.
-        query_chunk: rows of a tile, over all heads that share their keys. A tile reads what any of its rows wants, but
-            for a few rows that want much, which are read apart.
+        query_chunk: rows of a tile, over all heads that share their keys. Without the kernel a tile reads what any of
+            its rows wants, but for a few rows that want much, which are read apart; with it 32 rows do.
         bound: of a page's logits: `ball`, `box` or `sketch` (`attention.sparse.bounds`).
 
     Cost: with P = S / page, 2 T P H operations and about 40 T P more for the plan, 2 S H (H + E) for the moments, and
@@ -65,8 +69,9 @@ class Certified(Method):
     and key, and H (H + 1) E more by polynomials of degree 2. Derivatives cost those of softmax over all keys,
     query_chunk S numbers at once. A step of decoding: 2 P H operations and about 40 P a head, what it reads, and
     2 page H (H + E) where it fills a page.
-    Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, at most tolerance * diam(V) where
-    rounding leaves room for it, and rounding. The certificate has what was reached.
+    Error bound: that of `attention.sparse.plan`, or of `attention.sparse.far`, with that of `attention.sparse.kernel`
+    for rows in 16 bits: at most tolerance * diam(V) where rounding in float32 leaves room for it, and that rounding.
+    The certificate has what was reached.
 
     Raises:
         ValueError: the tolerance is negative or not finite, a size is no integer of at least 1, or the bound unknown.
@@ -81,7 +86,7 @@ class Certified(Method):
     query_chunk: int = 512
     bound: str = "ball"
 
-    capabilities = dataclasses.replace(Exact.capabilities, exact=False, residual=False)
+    capabilities = dataclasses.replace(Exact.capabilities, exact=False, residual=False, coarse=True)
 
     def __post_init__(self) -> None:
         check_positive(self, "page", "query_chunk")

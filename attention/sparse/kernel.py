@@ -27,7 +27,7 @@ from attention.sparse.plan import Limits
 
 ROWS, TILE = 32, 128  # rows for which it reads a page or does not, and keys after which it rescales
 IN_32, IN_16 = 0.7, 0.4  # of the time that reading takes without the kernel, in float32 and in 16 bits
-MERGED = 3  # times that what it found is rescaled when it is merged with other parts
+MERGED = 5  # rescalings that stand for what merging its sums with others costs, and levels that are whole numbers
 RHO = 1.02 * roundoff(jnp.bfloat16)  # of a weight: of its polynomial, of float32 and of the last rounding
 
 Read = tuple[Float[Array, "G T E"], Float[Array, "G T"]]
