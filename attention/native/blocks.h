@@ -67,7 +67,7 @@ INLINE void pass(const problem *p, place at, place next, const sofar *f, const v
       while (keys.begin < keys.end) {
         const stretch run = run_of(p, f->sights + i, b, start, keys);
         keys.begin = run.end;
-        if (run.begin == run.end) break;
+        if (run.begin == run.end) continue;
         if (!packed) way.keys(p, room, &here, first, count);
         packed = 1;
         way.step(p, room, &here, i, run);

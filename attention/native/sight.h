@@ -78,20 +78,14 @@ INLINE readers readers_of(const problem *p, const sight *s, int64_t b, int64_t p
   return (readers){any, all};
 }
 
-/* The first keys of a stretch whose pages are read, as far as they are so by all of a panel's queries, or by some. */
+/* The keys of a stretch that lie in the first of its pages, if any of a panel's queries reads that. A page is a run of its own,
+ * whoever reads the next one: what rows beside it read must not move a row's sums. */
 INLINE stretch run_of(const problem *p, const sight *s, int64_t b, int64_t start, stretch keys) {
-  if (!p->pages || keys.begin >= keys.end) return keys;
-  stretch run = {keys.begin, keys.begin, keys.masked};
-  for (int end; run.end < keys.end; run.end = end) {
-    const int64_t page = (start + run.end) / p->page;
-    const readers found = page < p->P ? readers_of(p, s, b, page) : (readers){0, 0};
-    const int masked = keys.masked || !found.all;
-    end = least(keys.end, (page + 1) * p->page - start);
-    if (run.begin == run.end) run.masked = masked;
-    if (run.begin < run.end && (!found.any || masked != run.masked)) break;
-    if (!found.any) run.begin = end;
-  }
-  return run;
+  if (!p->pages) return keys;
+  const int64_t page = (start + keys.begin) / p->page;
+  const readers found = page < p->P ? readers_of(p, s, b, page) : (readers){0, 0};
+  const int end = least(keys.end, (page + 1) * p->page - start);
+  return (stretch){found.any ? keys.begin : end, end, keys.masked || !found.all};
 }
 
 /* What of a stretch as many queries see as a block has rows, from `row` on of a panel, but for segments. */

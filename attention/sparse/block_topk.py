@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from attention.exact import Exact
 from attention.inputs import Inputs
-from attention.masks import Mask
 from attention.method import Certificate, Cost, check_positive
 from attention.rounding import calm_limit
 from attention.sparse import kernel
@@ -20,6 +19,7 @@ from attention.sparse.paged_method import Paged
 from attention.sparse.pages import PagedCache, Pages, paged
 from attention.sparse.selection import Selection
 from attention.sparse.step import step
+from attention.sparse.visible import mask_of_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,9 @@ class BlockTopK(Paged):
     causal, the first query of a tile chooses the pages with the largest bounds, among those that lie before it; the
     pages from there to the end of the tile, and those of `window` keys before it, are always read. Otherwise all
     queries of the tile choose together: with p_ip the softmax of the bounds over the pages, the pages with the largest
-    sum_i p_ip. An output then depends on the queries that share its tile. Tiles count from position 0, and each query
-    head has its own choice. Only the pages that were chosen are read. Gradients flow through their entries; which
+    sum_i p_ip. An output then depends on the queries that share its tile. Tiles count from position 0. Each query head
+    has its own choice, or the query heads of a key head choose together, by the same sum over all their queries that
+    choose. Only the pages that were chosen are read. Gradients flow through their entries; which
     they are is piecewise constant.
 
     Where sequences are packed, tiles and pages count from the first token of each segment, whose output is what it is
@@ -51,6 +52,7 @@ class BlockTopK(Paged):
         window: keys before the first query of a tile (and, where not causal, after its last) whose pages are read;
             0 without causality for none.
         sinks: keys at the beginning whose pages are read.
+        shared: whether the query heads that share a key head read the same pages.
 
     Cost: 2 T n C (H + E) operations a head with n pages a tile, 4 S / C H for each query that chooses;
     O((T + S) (H + E) + query_block n C) memory. With segments a tile more for each, and a sort; under vmap every query
@@ -59,7 +61,8 @@ class BlockTopK(Paged):
     not read (`attention.sparse.odds.odds_certificate`): often vacuous, since a box is loose.
 
     Raises:
-        ValueError: a number of blocks or a size is no integer of at least 1, or a window or sinks below 0.
+        ValueError: a number of blocks or a size is no integer of at least 1, a window or sinks below 0, or `shared` no
+            bool.
 
     References:
         Tang et al., "Quest", arXiv 2406.10774, section 3.2; Yuan et al., "Native sparse attention", arXiv 2502.11089,
@@ -71,6 +74,7 @@ class BlockTopK(Paged):
     query_block: int = 128
     window: int = 0
     sinks: int = 0
+    shared: bool = False
 
     capabilities = dataclasses.replace(Exact.capabilities, exact=False, residual=False, sees_all=False, bias=False)
 
@@ -79,12 +83,19 @@ class BlockTopK(Paged):
         for name in ("window", "sinks"):
             if getattr(self, name) != 0:
                 check_positive(self, name)
+        if not isinstance(self.shared, bool):
+            raise ValueError(f"BlockTopK.shared is {self.shared!r}: expected True or False")
+        if self.shared:
+            own = dataclasses.replace(type(self).capabilities, head_independent=False)
+            object.__setattr__(self, "capabilities", own)
 
     @classmethod
     def examples(cls) -> "tuple[BlockTopK, ...]":
         # Pages that one kernel takes, and pages that none does.
-        options = {"blocks": 1, "query_block": 7, "sinks": 1}
-        return cls(block_size=3, window=2, **options), cls(block_size=8, **options)
+        return (
+            cls(blocks=1, block_size=3, query_block=7, window=2, sinks=1),
+            cls(blocks=1, block_size=8, query_block=7, sinks=1, shared=True),
+        )
 
     def ladder(self, length: int) -> "tuple[BlockTopK, ...]":
         pages = -(-length // self.block_size)
@@ -123,30 +134,33 @@ class BlockTopK(Paged):
         return paged(inputs.key, inputs.value, self.block_size, inputs.mask.key_lengths)
 
     def _over_heads(self, inputs: Inputs, pages: Pages, *, certified: bool, begun=None):
-        """Output, odds of what was not read, share of pages read and last choice, of one query head after another."""
-        (B, K, G, _, _), cap = inputs.query.shape, inputs.soft_cap
+        """Output, odds of what was not read, share of pages read and last choice, of those who choose after another."""
+        (B, K, G), cap = inputs.query.shape[:3], inputs.soft_cap
         limit = calm_limit(inputs) if begun is None else None  # of a cache it would read every key
+        each = G if self.shared else 1
 
-        def head(n):
-            b, k, g = n // (K * G), n // G % K, n % G
-            query, mask = inputs.query[b, k, g][None], one_head(inputs.mask, b, k, g)
+        def heads(n):
+            b, k, g = n // (K * G // each), n // (G // each) % K, n % (G // each) * each
+            mask = mask_of_heads(inputs.mask, b, k, g, each)
+            query, bound = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x[b, k], g, each), (inputs.query, limit))
             if mask.query_segments is not None:
-                bound = None if limit is None else limit[b, k, g][None]
                 operands = query, inputs.key[b, k], inputs.value[b, k]
                 return *packed_tiles(self._rule(), *operands, mask, bound, cap, certified=certified), None
             own = Pages(*(lax.dynamic_index_in_dim(_row(x, b), k, keepdims=False) for x in pages))
             key, value = (x.reshape(1, 1, -1, x.shape[-1])[:, :, : mask.num_keys] for x in own[:2])
             one = jnp.ones((), query.dtype)  # beta, which the query has
             part = Inputs(query=query[None, None], key=key, value=value, mask=mask, beta=one, soft_cap=cap)
-            chosen, bound = jax.tree.map(lambda x: x[b, k, g], (begun, limit))
-            bound = None if bound is None else bound[None]
+            chosen = None if begun is None else begun[b, k, g]
             return chosen_tiles(self._rule(), part, own, chosen, bound, certified=certified)
 
-        found = lax.map(head, jnp.arange(B * K * G))
-        return jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[1:]), found)
+        output, odds, share, chosen = lax.map(heads, jnp.arange(B * K * G // each))
+        output, odds = jax.tree.map(lambda x: x.reshape(B, K, G, *x.shape[2:]), (output, odds))
+        if chosen is not None:
+            chosen = jnp.repeat(chosen.reshape(B, K, G // each, -1), each, axis=2)
+        return output, odds, share, chosen
 
     def _rule(self) -> Selection:
-        return Selection(self.blocks, self.block_size, self.query_block, self.window, self.sinks)
+        return Selection(self.blocks, self.block_size, self.query_block, self.window, self.sinks, self.shared)
 
     def cost(self, T: int, S: int, *, num_heads: int, head_dim: int, is_causal: bool = False) -> Cost:
         """Every tile is counted with as many pages as it can read."""
@@ -156,25 +170,6 @@ class BlockTopK(Paged):
         choosers = tiles if is_causal else T
         flops = 4.0 * num_heads * head_dim * (T * read * C + choosers * pages)
         return Cost(flops, 4.0 * num_heads * head_dim * (2 * T + 4 * S + 2 * tiles * read * C))
-
-
-def one_head(mask: Mask, b, k, g) -> Mask:
-    """The mask of one query head of one batch element."""
-
-    def pick(x, index, axis=0):
-        if x is None:
-            return None
-        return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, index, 1, axis=axis)
-
-    return dataclasses.replace(
-        mask,
-        offset=pick(mask.offset, b),
-        query_lengths=pick(mask.query_lengths, b),
-        key_lengths=pick(mask.key_lengths, b),
-        query_segments=pick(mask.query_segments, b),
-        key_segments=pick(mask.key_segments, b),
-        dense=pick(pick(pick(mask.dense, b, 0), k, 1), g, 2),
-    )
 
 
 def _row(x: Array, b) -> Array:

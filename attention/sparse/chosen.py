@@ -1,4 +1,4 @@
-"""Attention of the tiles of one query head over the pages that each has chosen.
+"""Attention of tiles of queries over the pages that each has chosen, of heads that choose together.
 
 Tiles count from position 0, wherever the queries begin, so that a sequence cut anywhere has the same ones. First all
 tiles choose; then the kernel in C reads what they chose where there is one, and else tile after tile gathers it.
@@ -44,11 +44,11 @@ class Choices(NamedTuple):
 
 
 def chosen_tiles(rule: Selection, part: Inputs, pages: Pages, begun, limit, *, certified: bool):
-    """Outputs `T E`, odds of what was not read `T` (None unless certified), the share of pages read, the last choice.
+    """Outputs `G T E`, odds of what was not read `G T` (None unless certified), share of pages read, and last choice.
 
     Args:
         rule: what is selected.
-        part: the operands of one query head, `1 1 1 ...`.
+        part: the operands of query heads that choose together, `1 1 G ...`.
         pages: of its keys.
         begun: what the tile has chosen in which the first query lies, where that tile began before it; or None.
         limit: `G T`, an upper bound on the size of logits; or None.
@@ -115,7 +115,7 @@ def _by_gathering(rule: Selection, part: Inputs, pages: Pages, cut: Cut, choices
         odds = _odds(own, rows, found, pages, at, exists, mask, part.soft_cap) if certified else None
         return found.output, odds
 
-    return jax.tree.map(lambda x: aligned(x, cut.shift, T)[0], _each(jax.checkpoint(tile), cut))
+    return jax.tree.map(lambda x: aligned(x, cut.shift, T), _each(jax.checkpoint(tile), cut))
 
 
 def _odds(own, rows, found: Found, pages: Pages, at, exists, mask: Mask, cap) -> Float[Array, "G R"]:
@@ -131,14 +131,14 @@ def _by_kernel(rule: Selection, part: Inputs, pages: Pages, cut: Cut, choices: C
     if not certified:
         return output, None
     query, seen, rows = lax.stop_gradient(part.query[0, 0]), residual > -jnp.inf, part.mask.num_queries
-    found = Found(output[None], jnp.where(seen, residual, 0), seen.astype(residual.dtype))
+    found = Found(output, jnp.where(seen, residual, 0), seen.astype(residual.dtype))
 
     def tile(i):
         at = cut.rows(i).clip(0, rows - 1)
         some, own = Found(*(x[:, at] for x in found)), (choices.at[i], choices.exists[i])
         return _odds(query[:, at], cut.rows(i), some, pages, *own, part.mask, part.soft_cap)
 
-    return output, aligned(_each(tile, cut), cut.shift, rows)[0]
+    return output, aligned(_each(tile, cut), cut.shift, rows)
 
 
 OPERANDS = ("query", "key", "value", "soft_cap")
@@ -147,14 +147,13 @@ OPERANDS = ("query", "key", "value", "soft_cap")
 # As in `attention.sparse.certified`, the mask travels as bare arrays.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _read(operands, arrays, form, rule: Selection):
-    """Output, `T E`, and log of the sum of exponentials, `1 T`."""
+    """Output, `G T E`, and log of the sum of exponentials, `G T`."""
     part, box, choices, _ = _built(operands, arrays, form)
     cut, T, P = _cut(rule, part.mask), part.mask.num_queries, len(box)
     each = jnp.arange(cut.count)[:, None]
     chosen = jnp.zeros((cut.count, P + 1), bool).at[each, jnp.where(choices.exists, choices.at, P)].set(True)
     by_row = chosen[:, :P].T[:, (jnp.arange(T) + cut.shift) // cut.size]
-    output, residual = kernel.read(part, by_row[:, None], rule.block_size, None)
-    return output[0], residual
+    return kernel.read(part, by_row[:, None], rule.block_size, None)
 
 
 @_read.defjvp

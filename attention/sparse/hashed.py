@@ -14,10 +14,10 @@ from attention.exact import Exact
 from attention.inputs import Inputs, emptied, prepare_tokens, ungrouped
 from attention.method import Certificate, Cost, Method, Params, check_positive, compiled
 from attention.rounding import norms
-from attention.sparse.block_topk import one_head
 from attention.sparse.bounds import sparse_certificate
 from attention.sparse.bucket_rows import Rule, attended, dropped
 from attention.sparse.buckets import HashedCache, Table, existing_codes, query_codes, table
+from attention.sparse.visible import mask_of_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class Hashed(Method):
             part = inputs.part(b, 1, k, 1)
             query = lax.dynamic_slice_in_dim(part.query, g, 1, axis=2)
             beta = lax.dynamic_slice_in_dim(part.beta, g, 1, axis=1) if part.beta.ndim else part.beta
-            part = dataclasses.replace(part, query=query, beta=beta, mask=one_head(inputs.mask, b, k, g))
+            part = dataclasses.replace(part, query=query, beta=beta, mask=mask_of_heads(inputs.mask, b, k, g, 1))
             own = Table((), keys[b, k], keys[b, k]) if tables is None else jax.tree.map(lambda x: x[b, k], tables)
             each = jax.checkpoint(lambda at: result(part, at, queries[b, k, g][at], own))
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], lax.map(each, rows))

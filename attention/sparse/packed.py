@@ -27,7 +27,7 @@ def packed_tiles(
     *,
     certified: bool,
 ):
-    """Outputs `T E`, odds of what was not read `T` (None unless certified), and the share of pages read.
+    """Outputs `G T E`, odds of what was not read `G T` (None unless certified), and the share of pages read.
 
     As `attention.sparse.chosen.chosen_tiles`, with the tokens sorted by segment. There may be as many tiles as
     queries: of R places where one may begin, those are passed over where none does.
@@ -65,11 +65,12 @@ def packed_tiles(
             reached = jnp.minimum(end - first, place + rule.query_block) if mask.causal else end - first
             dropped = (C * jnp.arange(P) < reached) & ~whole
             against = odds_of_pages(own, found, box, C, dropped[None], cap)
-        return (found.output[0], against[0]), mine, there.sum()
+        return (jnp.moveaxis(found.output, 0, 1), against.T), mine, there.sum()
 
-    found, count = _by_places(jax.checkpoint(tile), order.begins, T, R, value.shape[1], query.dtype)
+    empty = jnp.zeros((2 * R, G, value.shape[1]), query.dtype), jnp.zeros((2 * R, G), query.dtype)
+    found, count = _by_places(jax.checkpoint(tile), order.begins, T, R, empty)
     back = jnp.argsort(order.query)
-    output, against = (x[back] for x in found)
+    output, against = (jnp.moveaxis(x[back], 0, 1) for x in found)
     share = count / (P * order.begins.sum())
     return output, against if certified else None, share
 
@@ -80,14 +81,14 @@ def _shown(mask: Mask, order: Sorted, at, keys, there, mine):
     return visible & there[None, None] & mine[None, :, None]
 
 
-def _by_places(tile, begins, T: int, R: int, E: int, dtype):
-    """What tiles give at their rows, `T E` and `T`, and the pages that all of them read together.
+def _by_places(tile, begins, T: int, R: int, nothing):
+    """What tiles give at their rows, `T ...`, and the pages that all of them read together; 2 R rows have `nothing`.
 
     R places at a time: a tile that begins there ends within the next R, to which what it gives there is added.
     """
     count = -(-T // R)
     begins = jnp.pad(begins, (0, count * R - T)).reshape(count, R)
-    empty = (jnp.zeros((2 * R, E), dtype), jnp.zeros(2 * R, dtype)), jnp.zeros((), jnp.int32)
+    empty = nothing, jnp.zeros((), jnp.int32)
 
     def places(i):
         offsets = jnp.nonzero(begins[i], size=-(-R // GROUP) * GROUP, fill_value=-1)[0].reshape(-1, GROUP)

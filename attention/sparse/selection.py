@@ -19,6 +19,7 @@ class Selection(NamedTuple):
     query_block: int
     window: int
     sinks: int
+    shared: bool = False
 
     def always(self, pages: int, *, causal: bool) -> int:
         """How many pages around a tile are read whatever they hold."""

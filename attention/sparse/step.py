@@ -29,12 +29,19 @@ def step(
     offset, (P, C) = state.length - 1, state.key.shape[2:4]
     position = offset // rule.query_block * rule.query_block
 
+    B, K, G, H = query.shape
+
     def chosen(query, box):
-        lead = Tile(offset[None], position, query[None, None], jnp.ones(1, bool))
+        """Of query heads that choose together."""
+        lead = Tile(offset[None], position, query[:, None], jnp.ones(1, bool))
         return choice(rule, lead, box, mask, cap)
 
-    now = lax.cond(position < offset, lambda: begun, lambda: _by_head(chosen, (0, None))(query, state.box))
-    B, K, G, H = query.shape
+    def choose():
+        each = G if rule.shared else 1
+        found = _by_head(chosen, (0, None))(query.reshape(B, K, G // each, each, H), state.box)
+        return jnp.repeat(found, each, axis=2)
+
+    now = lax.cond(position < offset, lambda: begun, choose)
 
     def head(n):
         at, exists = read(rule, position, now.reshape(B * K * G, -1)[n], P, mask)
@@ -47,7 +54,7 @@ def step(
 
 
 def _by_head(function, axes):
-    """`function` of one query head, for all of them."""
+    """`function` of those who choose together, for all of them."""
     return jax.vmap(jax.vmap(jax.vmap(function, axes)))
 
 

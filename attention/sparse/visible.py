@@ -1,12 +1,13 @@
 """What the queries of a tile see of pages of keys."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from attention.inputs import Inputs
-from attention.masks import Mask
+from attention.masks import Mask, slice_or_keep
 
 
 class Visible(NamedTuple):
@@ -65,3 +66,20 @@ def visible_pages(mask: Mask, at: Int[Array, " T"], pages: int, page: int) -> Vi
     if mask.dense is not None:
         whole = jnp.zeros_like(whole)
     return Visible(whole[:, None], seen[:, None])
+
+
+def mask_of_heads(mask: Mask, b, k, g, count: int) -> Mask:
+    """The mask of some query heads, from g on of key head k of one batch element."""
+
+    def pick(x, index, axis=0, size=1):
+        return None if x is None else slice_or_keep(x, index, size, axis)
+
+    return dataclasses.replace(
+        mask,
+        offset=pick(mask.offset, b),
+        query_lengths=pick(mask.query_lengths, b),
+        key_lengths=pick(mask.key_lengths, b),
+        query_segments=pick(mask.query_segments, b),
+        key_segments=pick(mask.key_segments, b),
+        dense=pick(pick(pick(mask.dense, b, 0), k, 1), g, 2, count),
+    )

@@ -128,3 +128,20 @@ def test_limits_and_fields():
     ):
         with pytest.raises(ValueError, match=f"{cls.__name__}.{next(iter(fields))} is"):
             cls(**fields)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_that_choose_together_read_the_same_pages(causal):
+    """A value says which page it is of, so that an output shows where its weights lie."""
+    T, C = 64, 8
+    query, key, _ = draw(31, B=2, T=T).astype(jnp.float32)
+    value = np.broadcast_to(np.repeat(np.eye(T // C, dtype=np.float32), C, axis=0)[None, :, None], (2, T, 2, T // C))
+    same = {}
+    for shared in (True, False):
+        method = BlockTopK(blocks=2, block_size=C, query_block=16, shared=shared)
+        output = dot_product_attention(query, key, value, method=method, is_causal=causal)
+        read = np.asarray(output).reshape(2, T, 2, 2, -1) > 0
+        same[shared] = np.all(read[:, :, :, 0] == read[:, :, :, 1], axis=-1)
+        assert read.sum(-1).max() == (4 if causal else 2)
+    assert np.all(same[True])
+    assert not np.all(same[False])
