@@ -23,7 +23,7 @@ ITEMS = 16  # that threads should have to share
 DEGREE, SHORT_DEGREE = 6, 4  # of the polynomial for 2^f, and of that for weights of 16 bits; even, so that 2^0 = 1
 
 SOURCES = Path(__file__).parent
-TARGETS = tuple(f"attention_lab_{name}" for name in ("forward", "decode", "backward", "read", "halved"))
+TARGETS = tuple(f"attention_lab_{name}" for name in ("forward", "decode", "backward", "read", "halved", "paged"))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-sanitize=undefined", "-shared", "-fPIC")
 FLAGS += ("-pthread", "-fvisibility=hidden", f"-DKEYS={KEYS}", f"-DQUERIES={QUERIES}", f"-DITEMS={ITEMS}")
 WHAT_TO_DO = "put gcc or clang on PATH, name a compiler in CC, or pip install attention-lab[native]"

@@ -22,17 +22,17 @@ INLINE vec tangent(vec y) {
 }
 
 /* What the cap makes of logits; the hyperbolic tangents are the ratios to the cap. */
-INLINE vec ratio_of(const problem *p, int64_t b, vec logit) { return tangent(logit * fminf(2 / p->caps[b], FLT_MAX)); }
-INLINE vec capped(const problem *p, int64_t b, vec ratio) { return ratio * (p->caps[b] * LOG2E); }
+INLINE vec ratio_of(float cap, vec logit) { return tangent(logit * fminf(2 / cap, FLT_MAX)); }
+INLINE vec capped(float cap, vec ratio) { return ratio * (cap * LOG2E); }
 
 /* Where logits have no cap, they must not lie in memory: this is no part of the loop that makes them. */
 static __attribute__((noinline)) void cap_in_memory(const problem *p, int64_t b, vec logits[ROWS][COLUMNS],
                                                     float *ratios) {
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < COLUMNS; j++) {
-      vec ratio = ratio_of(p, b, logits[i][j]);
+      vec ratio = ratio_of(p->caps[b], logits[i][j]);
       if (ratios) store(ratios + i * PANEL + j * LANES, ratio);
-      logits[i][j] = capped(p, b, ratio);
+      logits[i][j] = capped(p->caps[b], ratio);
     }
 }
 

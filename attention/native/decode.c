@@ -5,9 +5,9 @@
  */
 #include "cap.h"
 #include "forward.h"
+#include "rows.h"
 #include "sight.h"
 
-#define TOKENS 4 /* that are read together; KEYS is a multiple of it */
 #define AHEAD 16 /* tokens, by which memory is asked for a row before it is read: a quarter less time */
 
 /* The running state of a part: for each row (b, k, g, t) of one b a maximum, a sum and E sums of values. */
@@ -21,41 +21,6 @@ static state state_of(const problem *p, int64_t n) {
   return (state){at, at + rows, at + 2 * rows};
 }
 
-/* to[n] = x . (row n of y) for TOKENS rows, `stride` apart. */
-INLINE void dots(float *to, const float *x, operand y, int64_t stride, int64_t size) {
-  vec total[TOKENS] = {{0}};
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) {
-    vec here = load(x + i);
-    for (int n = 0; n < TOKENS; n++) {
-      __builtin_prefetch(beyond(y, (n + AHEAD) * stride + i).data);
-      total[n] += here * load_as_float32(y, n * stride + i);
-    }
-  }
-  if (i < size) {
-    vec here = load_few((operand){FLOAT32, x}, i, size - i);
-    for (int n = 0; n < TOKENS; n++) total[n] += here * load_few(y, n * stride + i, size - i);
-  }
-  for (int n = 0; n < TOKENS; n++) to[n] = sum(total[n]);
-}
-
-/* to += the sum of factors[n] (row n of x) over TOKENS rows, `stride` apart, in their order. */
-INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride, int64_t size) {
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) {
-    vec total = load(to + i);
-    for (int n = 0; n < TOKENS; n++) {
-      __builtin_prefetch(beyond(x, (n + AHEAD) * stride + i).data);
-      total += factors[n] * load_as_float32(x, n * stride + i);
-    }
-    store(to + i, total);
-  }
-  if (i == size) return;
-  vec total = load_few((operand){FLOAT32, to}, i, size - i);
-  for (int n = 0; n < TOKENS; n++) total += factors[n] * load_few(x, n * stride + i, size - i);
-  store_few(to + i, total, size - i);
-}
-
 /* Logits are capped, and hidden ones become -inf; the row's maximum grows; logits become weights, whose sum is returned. */
 static float weigh(const problem *p, float *logits, int64_t b, int64_t row, int64_t start, float *top, float *kept) {
   const int64_t t = row % p->T, head = row / p->T, at = b * p->T + t;
@@ -63,7 +28,7 @@ static float weigh(const problem *p, float *logits, int64_t b, int64_t row, int6
   const int all = in_range && !p->key_segments && !p->shown.data;
   vec largest = fill(-INFINITY), total = {0};
   for (int64_t i = 0; i < KEYS && p->caps; i += LANES)
-    store(logits + i, capped(p, b, ratio_of(p, b, load(logits + i))));
+    store(logits + i, capped(p->caps[b], ratio_of(p->caps[b], load(logits + i))));
   for (int64_t i = 0; i < KEYS && !all; i++) {
     int64_t key = start + i;
     int seen = p->first[at] <= key && key <= p->last[at];
@@ -105,7 +70,7 @@ static void tile(const problem *p, state s, int64_t b, int64_t start, int64_t be
     for (int64_t k = 0; k < heads; k++) {
       operand keys = rows_at(p, p->key, p->H, b, k, key, begin, end, room, &stride);
       for (int64_t r = k * rows; r < (k + 1) * rows; r++)
-        KNOWING_TYPE(keys, dots(logits + r * KEYS + key - start, queries + r * p->H, keys, stride, p->H));
+        KNOWING_TYPE(keys, dots(logits + r * KEYS + key - start, queries + r * p->H, keys, stride, p->H, AHEAD * stride));
     }
   float kept[heads * rows];
   for (int64_t r = 0; r < heads * rows; r++) {
@@ -117,7 +82,7 @@ static void tile(const problem *p, state s, int64_t b, int64_t start, int64_t be
     for (int64_t k = 0; k < heads; k++) {
       operand values = rows_at(p, p->value, p->E, b, k, key, begin, end, room, &stride);
       for (int64_t r = k * rows; r < (k + 1) * rows; r++)
-        KNOWING_TYPE(values, add_rows(gained + r * p->E, logits + r * KEYS + key - start, values, stride, p->E));
+        KNOWING_TYPE(values, add_rows(gained + r * p->E, logits + r * KEYS + key - start, values, stride, p->E, AHEAD * stride));
     }
   for (int64_t r = 0; r < heads * rows; r++)
     for (int64_t e = 0; e < p->E; e++) {

@@ -140,6 +140,24 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_decode(XLA_F
   return 0;
 }
 
+/* Operands: query, key, value, caps, first, last, and the list of pages. */
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_paged(XLA_FFI_CallFrame *frame) {
+  if (told_version(frame)) return 0;
+  XLA_FFI_Error *error = misfit(frame, LAST + 2, 3);
+  if (error) return error;
+  const XLA_FFI_Buffer *key = argument(frame, KEY), *slots = argument(frame, LAST + 1), *caps = argument(frame, CAPS);
+  const int64_t *k = key->dims + key->rank - 4, *m = slots->dims + slots->rank - 2;
+  paged_problem p = {.B = 1, .K = k[0], .G = m[0], .P = k[1], .C = k[2], .H = k[3], .m = m[1]};
+  for (const int64_t *dim = key->dims; dim < k; dim++) p.B *= *dim;
+  p.E = argument(frame, VALUE)->dims[key->rank - 1];
+  p.query = argument(frame, QUERY)->data, p.key = as_operand(key), p.value = as_operand(argument(frame, VALUE));
+  if (caps->dims[caps->rank - 1] > 0) p.caps = caps->data;
+  p.first = argument(frame, FIRST)->data, p.last = argument(frame, LAST)->data, p.slots = slots->data;
+  p.output = result(frame, 0), p.level = result(frame, 1), p.partial = result(frame, 2);
+  paged(&p, &(threads){frame->api, frame->ctx});
+  return 0;
+}
+
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
   XLA_FFI_Error *error = misfit(frame, D_LEVEL + 1, 5);

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from attention.inputs import Inputs
+from attention.masks import Mask
 from attention.native.calls import caps_of, like, sight_of
 
-UNIT = 8  # keys, of which a page is a multiple
+UNIT, PARTS = 8, 4  # keys, of which a page is a multiple; and parts of a list of pages
 WHOLE = 32700.0  # how long the integers of a query or a key are: no sum of products leaves 32 bits
 
 Read = tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]
@@ -53,6 +54,23 @@ def read_halved(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> R
     short = halves(inputs)
     operands = *short[:3], caps_of(None, short.query_scale[..., None])
     return _called("attention_lab_halved", operands, inputs, pages, short[3:], page)
+
+
+def read_pages(
+    query: Float[Array, "B K G H"],
+    key: Float[Array, "B K P C H"],
+    value: Float[Array, "B K P C E"],
+    slots: Int[Array, "B K G m"],
+    mask: Mask,
+    soft_cap: Float[Array, ""] | None,
+) -> tuple[Float[Array, "B K G E"], Float[Array, "B K G"]]:
+    """The same of one query a head over a list of pages, -1 for none; the mask has neither segments nor a table."""
+    (B, K, G, _), E = query.shape, value.shape[-1]
+    first, last = (jnp.broadcast_to(x, (B, 1)).astype(jnp.int32) for x in mask.key_range())
+    shapes = [like(query, B, K, G, E), like(query, B, K, G), like(query, B, K, G, PARTS, E + 2)]
+    call = jax.ffi.ffi_call("attention_lab_paged", shapes, vmap_method="broadcast_all")
+    output, residual, _ = call(query, key, value, caps_of(soft_cap, query), first, last, slots.astype(jnp.int32))
+    return output, residual
 
 
 def halves(inputs: Inputs) -> Halves:

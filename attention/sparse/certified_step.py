@@ -4,18 +4,23 @@ The plan is that of `attention.sparse.plan`; what is read are single pages, copi
 keep them, and as many as some query head of a key head wants.
 """
 
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from attention.exact import softmax
 from attention.exponential import finite
+from attention.logits import soft_capped
 from attention.masks import Mask
+from attention.native import reading
 from attention.rounding import CALM, Sizes, norms, product
+from attention.sparse import kernel
 from attention.sparse.bounds import REACH
 from attention.sparse.gathered import attend
+from attention.sparse.kernel import Read
 from attention.sparse.moments import outward
 from attention.sparse.plan import Limits, Plan, limits_of, plan
 from attention.sparse.selection import keys_of
@@ -24,14 +29,6 @@ from attention.sparse.summaries import SummarisedCache
 from attention.sparse.visible import Visible
 
 AT_ONCE = 2048  # keys that are copied and read at a time
-
-
-class Sums(NamedTuple):
-    """Of each query head, relative to e^level: the sum of e^l v, that of e^l, and the level; -inf before any."""
-
-    values: Float[Array, "G E"]
-    total: Float[Array, " G"]
-    level: Float[Array, " G"]
 
 
 def step(
@@ -44,37 +41,91 @@ def step(
     bound: str,
 ) -> Float[Array, "B K G E"]:
     """The output of the query of the last token in `state`. `mask` is that of this query, causal and without tables."""
-    (B, K, G, H), (P, C) = query.shape, state.key.shape[2:4]
-    E, dtype = state.value.shape[-1], jnp.promote_types(query.dtype, state.longest[0].dtype)
+    (B, K, G, H), C = query.shape, state.key.shape[3]
+    dtype = jnp.promote_types(query.dtype, state.longest[0].dtype)
     pages = jax.tree.map(lambda x: x.astype(dtype).reshape(B * K, *x.shape[2:]), state.pages)
-    own = _limits(query.astype(dtype), state, mask, cap)
-    own = jax.tree.map(lambda x: x.reshape(B * K, G, 1), own)
+    own = jax.tree.map(lambda x: x.reshape(B * K, G, 1), _limits(query.astype(dtype), state, mask, cap))
     heads = query.astype(dtype).reshape(B * K, G, 1, H)
-    some = max(1, min(P, AT_ONCE // C))
 
-    def head(n):
-        options = {"size": C, "tolerance": tolerance, "reach": REACH[bound]}
+    def planned(n) -> Plan:
         mine, moments, limits = jax.tree.map(lambda x: x[n], (heads, pages, own))
         visible, known = _visible(mine, state, n, mask, regular=cap is None)
-        chosen = plan(*lax.stop_gradient((mine, moments, visible, known, limits)), **options)
-        wanted = chosen.read[..., 0]  # P G
-        order = jnp.nonzero(wanted.any(1), size=P + some, fill_value=P)[0]
+        return plan(mine, moments, visible, known, limits, size=C, tolerance=tolerance, reach=REACH[bound])
 
-        def add(i, sums: Sums) -> Sums:
-            at = lax.dynamic_slice_in_dim(order, i * some, some)
-            key, value = (gathered(x, n, at, state.length) for x in (state.key, state.value))
-            shown = jnp.repeat(jnp.take(wanted, at, axis=0, mode="fill", fill_value=False), C, axis=0).T[:, None]
-            visible = mask.at(jnp.zeros(1, jnp.int32), keys_of(at, C))[0, 0] & shown
-            found = attend(mine, key, value, visible, cap, None)
-            level = jnp.where(found.total > 0, found.level, -jnp.inf)[:, 0]
-            return _merged(sums, Sums(found.output[:, 0] * found.total, found.total[:, 0], level))
+    chosen = lax.stop_gradient(lax.map(planned, jnp.arange(B * K)))
+    operands = {"query": query.astype(dtype), "key": state.key, "value": state.value}
+    operands |= {"keys": pages.key, "values": pages.value} | ({} if cap is None else {"cap": cap})
+    arrays, form = jax.tree.flatten((chosen.read[..., 0], chosen.mean[..., 0], mask, state.length))
+    return _attended(operands, arrays, form).reshape(B, K, G, -1)
 
-        sums = _of_means(chosen, moments.value, C)
-        steps = -(-wanted.any(1).sum() // some)
-        sums = lax.fori_loop(0, steps, add, sums)
-        return sums.values / jnp.where(sums.total > 0, sums.total, 1)[:, None]
 
-    return lax.map(head, jnp.arange(B * K)).reshape(B, K, G, E)
+# As in `attention.sparse.certified`, the mask travels as bare arrays.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _attended(operands, arrays, form) -> Float[Array, "n G E"]:
+    """Over the keys of pages that are read, and the means of others, of key head after key head."""
+    read, mean, mask, length = jax.tree.unflatten(form, arrays)
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    (B, K, G, H), P = query.shape, key.shape[2]
+    heads = query.reshape(B * K, G, H)
+
+    def means(n) -> Read:
+        logits = jnp.where(mean[n].T, product("GH,PH->GP", heads[n], operands["keys"][n]), -jnp.inf)
+        top = finite(logits.max(1))
+        weights = jnp.exp(logits - top[:, None])
+        total = weights.sum(1)
+        output = product("GP,PE->GE", weights, operands["values"][n]) / jnp.where(total > 0, total, 1)[:, None]
+        return output, jnp.log(key.shape[3] * total) + top
+
+    if kernel.able_step(query, key):
+        slots = jax.vmap(lambda row: jnp.nonzero(row, size=P, fill_value=-1)[0])(read.swapaxes(1, 2).reshape(-1, P))
+        found = kernel.read_pages(query, key, value, operands.get("cap"), slots.reshape(B, K, G, P), mask)
+        output, residual = (x.reshape(B * K, G, *x.shape[3:]) for x in found)
+    else:
+        some = functools.partial(_copied, operands, mask, length)
+        output, residual = lax.map(lambda n: some(heads[n], read[n], n), jnp.arange(B * K))
+    return kernel.merged(lax.map(means, jnp.arange(B * K)), (output, residual))[0]
+
+
+@_attended.defjvp
+def _attended_jvp(form, primals, tangents):
+    """By the definition: softmax over the means of some pages, each as often as it has keys, and over other keys."""
+    operands, arrays = primals
+    read, mean, mask, _ = jax.tree.unflatten(form, arrays)
+
+    def defined(operands):
+        C, dtype = operands["key"].shape[3], operands["query"].dtype
+        query, key, value = (
+            operands[x].reshape(len(read), -1, operands[x].shape[-1]) for x in ("query", "key", "value")
+        )
+        own = jnp.repeat(read, C, axis=1).swapaxes(1, 2)
+        seen = mask.at(jnp.zeros(1, jnp.int32), jnp.arange(key.shape[1]))[0, 0] & own
+        means = product("nGH,nPH->nGP", query, operands["keys"]) + jnp.log(C)
+        keys = soft_capped(product("nGH,nSH->nGS", query, key.astype(dtype)), operands.get("cap"))
+        logits = [jnp.where(x, y, -jnp.inf) for x, y in ((mean.swapaxes(1, 2), means), (seen, keys))]
+        values = jnp.where(seen.any(1)[..., None], value, 0).astype(dtype)  # beyond the end there may be anything
+        values = jnp.concatenate([operands["values"], values], axis=1)
+        return product("nGS,nSE->nGE", softmax(jnp.concatenate(logits, axis=2)), values)
+
+    return _attended(operands, arrays, form), jax.jvp(defined, (operands,), (tangents[0],))[1]
+
+
+def _copied(operands, mask: Mask, length, query: Float[Array, "G H"], read: Bool[Array, "P G"], n) -> Read:
+    """The keys of pages that are read of one key head, copied a few at a time."""
+    key, value, cap = (operands.get(name) for name in ("key", "value", "cap"))
+    P, C = key.shape[2:4]
+    some = max(1, min(P, AT_ONCE // C))
+    order = jnp.nonzero(read.any(1), size=P + some, fill_value=P)[0]
+
+    def add(i, found: Read) -> Read:
+        at = lax.dynamic_slice_in_dim(order, i * some, some)
+        keys, values = (gathered(x, n, at, length) for x in (key, value))
+        shown = jnp.repeat(jnp.take(read, at, axis=0, mode="fill", fill_value=False), C, axis=0).T[:, None]
+        visible = mask.at(jnp.zeros(1, jnp.int32), keys_of(at, C))[0, 0] & shown
+        more = attend(query[:, None], keys, values, visible, cap, None)
+        return kernel.merged(found, (more.output[:, 0], (jnp.log(more.total) + more.level)[:, 0]))
+
+    nothing = jnp.zeros((len(query), value.shape[-1]), query.dtype), jnp.full(len(query), -jnp.inf, query.dtype)
+    return lax.fori_loop(0, -(-read.any(1).sum() // some), add, nothing)
 
 
 def _limits(query, state: SummarisedCache, mask: Mask, cap) -> Limits:
@@ -88,8 +139,9 @@ def _limits(query, state: SummarisedCache, mask: Mask, cap) -> Limits:
     reach = 2 * outward(dtype, E) * jnp.minimum(value, spread)
     # Sums are rescaled by each part that is read, and rounded twice more by the division and the product between.
     parts = -(-P * C // min(P * C, AT_ONCE)) + 2
+    steps = max(2 * parts, kernel.rescalings(P * C, C) + reading.PARTS if kernel.able_step(query, state.key) else 0)
     depth = max(P, C, AT_ONCE) + parts
-    return limits_of(of, reach, C, rescalings=2 * parts, fixed_shift=CALM, depth=depth)
+    return limits_of(of, reach, C, rescalings=steps, fixed_shift=CALM, depth=depth)
 
 
 def _visible(query: Float[Array, "G 1 H"], state: SummarisedCache, n, mask: Mask, *, regular: bool):
@@ -107,18 +159,3 @@ def _visible(query: Float[Array, "G 1 H"], state: SummarisedCache, n, mask: Mask
     count = (last % C + 1).astype(dtype)
     known = (query * (first_keys / count)[None, None]).sum(-1) + jnp.log(count)
     return Visible(whole & regular, seen), jnp.where(cut, known, -jnp.inf)
-
-
-def _of_means(chosen: Plan, value: Float[Array, "P E"], C: int) -> Sums:
-    """The sums over the pages that are replaced by their means."""
-    mean, logits = chosen.mean[..., 0].T, chosen.logits[..., 0].T  # G P
-    logits = jnp.where(mean, logits, -jnp.inf)
-    level = logits.max(1)
-    weights = C * jnp.exp(logits - finite(level)[:, None])
-    return Sums(product("GP,PE->GE", weights, value), weights.sum(1), level)
-
-
-def _merged(a: Sums, b: Sums) -> Sums:
-    level = jnp.maximum(a.level, b.level)
-    x, y = (jnp.exp(part.level - finite(level)) for part in (a, b))
-    return Sums(a.values * x[:, None] + b.values * y[:, None], a.total * x + b.total * y, level)

@@ -30,7 +30,7 @@ IN_32, IN_16 = 0.7, 0.4  # of the time that reading takes without the kernel, in
 MERGED = 5  # rescalings that stand for what merging its sums with others costs, and levels that are whole numbers
 RHO = 1.02 * roundoff(jnp.bfloat16)  # of a weight: of its polynomial, of float32 and of the last rounding
 
-Read = tuple[Float[Array, "G T E"], Float[Array, "G T"]]
+Read = tuple[Float[Array, "*G E"], Float[Array, "*G"]]
 
 
 class Short(NamedTuple):
@@ -45,6 +45,17 @@ def able(inputs: Inputs, page: int) -> bool:
     single = inputs.query.dtype == jnp.float32 and inputs.bias is None
     fits = page % reading.UNIT == 0 and inputs.mask.num_queries > FEW
     return single and fits and jax.default_backend() == "cpu" and not build.fault()
+
+
+def able_step(query: Float[Array, "B K G H"], key: Float[Array, "B K P C H"]) -> bool:
+    """Whether the kernel can read lists of pages for one query a head."""
+    single = query.dtype == jnp.float32 and key.shape[3] % reading.UNIT == 0
+    return single and jax.default_backend() == "cpu" and not build.fault()
+
+
+def read_pages(query, key, value, cap, slots, mask: Mask) -> Read:
+    """Output and log of the sum of exponentials of one query a head over a list of pages: `reading.read_pages`."""
+    return reading.read_pages(query, key, value, slots, mask, cap)
 
 
 def cost(inputs: Inputs, page: int, fits: Bool[Array, "G T"] | None) -> Float[Array, ""]:

@@ -1,0 +1,44 @@
+/* One query and a few keys or values, as they lie in memory. */
+#ifndef ROWS_H
+#define ROWS_H
+
+#include "operand.h"
+
+#define TOKENS 4 /* that are read together; KEYS is a multiple of it */
+
+/* to[n] = x . (row n of y) for TOKENS rows, `stride` apart; memory is asked for what lies `ahead` of them. */
+INLINE void dots(float *to, const float *x, operand y, int64_t stride, int64_t size, int64_t ahead) {
+  vec total[TOKENS] = {{0}};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    vec here = load(x + i);
+    for (int n = 0; n < TOKENS; n++) {
+      __builtin_prefetch(beyond(y, ahead + n * stride + i).data);
+      total[n] += here * load_as_float32(y, n * stride + i);
+    }
+  }
+  if (i < size) {
+    vec here = load_few((operand){FLOAT32, x}, i, size - i);
+    for (int n = 0; n < TOKENS; n++) total[n] += here * load_few(y, n * stride + i, size - i);
+  }
+  for (int n = 0; n < TOKENS; n++) to[n] = sum(total[n]);
+}
+
+/* to += the sum of factors[n] (row n of x) over TOKENS rows, `stride` apart, in their order. */
+INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride, int64_t size, int64_t ahead) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    vec total = load(to + i);
+    for (int n = 0; n < TOKENS; n++) {
+      __builtin_prefetch(beyond(x, ahead + n * stride + i).data);
+      total += factors[n] * load_as_float32(x, n * stride + i);
+    }
+    store(to + i, total);
+  }
+  if (i == size) return;
+  vec total = load_few((operand){FLOAT32, to}, i, size - i);
+  for (int n = 0; n < TOKENS; n++) total += factors[n] * load_few(x, n * stride + i, size - i);
+  store_few(to + i, total, size - i);
+}
+
+#endif
