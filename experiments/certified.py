@@ -17,7 +17,7 @@ from attention.sparse.bounds import REACH
 from experiments.certified_figure import figure, table
 from experiments.operand_families import FAMILIES, NORMS, RACED
 from experiments.operand_files import load
-from experiments.oracle_pages import looked_at
+from experiments.oracle_pages import Found, looked_at, oracle
 from experiments.timing import interleaved, ratios, spread
 
 __all__ = ["Certified", "figure", "table"]
@@ -81,21 +81,20 @@ class Certified:
         return found
 
     def _looked_at(self, operands, bound: str, tolerance: float, family: str, temperature: float) -> dict[str, Any]:
-        """One head, bidirectional: the shares of pages read, and the bound over the error where a page was not."""
+        """One head, bidirectional: the share of keys read, and the bound over the error where something was not."""
         method = attention.Certified(tolerance=tolerance, page=self.page, bound=bound)
-        error, limit, read, oracle = (np.asarray(x) for x in looked_at(operands, np.float32(temperature), method))
-        fires = read < 1
-        loose = (limit / np.maximum(error, np.finfo(np.float32).tiny))[fires & (error > 0)]
+        found = Found(*map(np.asarray, looked_at(operands, np.float32(temperature), method)))
+        loose = (found.bound / np.maximum(found.error, np.finfo(np.float32).tiny))[found.fires & (found.error > 0)]
         return {
             "family": family,
             "bound": bound,
             "tolerance": tolerance,
             "temperature": temperature,
-            "fires": float(fires.mean()),
-            "read": float(read.mean()),
-            "oracle": float(oracle.mean()),
+            "fires": float(found.fires.mean()),
+            "read": float(found.read),
+            "oracle": float(oracle(operands, temperature, (tolerance,), self.page).mean()),
             "bound_over_error": spread(loose) if loose.size else None,
-            "violations": int(np.sum(error > limit)),
+            "violations": int(np.sum(found.error > found.bound)),
         }
 
     def _raced(self, T: int, family: str, causal: bool, temperature: float) -> dict[str, Any]:
