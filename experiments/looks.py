@@ -1,5 +1,6 @@
 """How methods look in figures with many: a family has a colour and a column of the legend, its members have markers."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,15 +21,20 @@ COLOUR = dict(zip(FAMILIES, (COLOURS[0], COLOURS[5], INK, COLOURS[1], COLOURS[2]
 OTHERS = "others"
 
 
+def class_of(label: str) -> str:
+    """The name that a label begins with."""
+    return re.split(r"\W", label, maxsplit=1)[0]
+
+
 def family_of(label: str) -> str:
     """The family of a label that begins with the name of a class; methods from elsewhere are one of their own."""
-    name = label.partition("(")[0].partition(":")[0]
+    name = class_of(label)
     return next((family for family, members in FAMILIES.items() if name in members), OTHERS)
 
 
 def look_of(label: str) -> dict[str, Any]:
     """Colour and marker of a label that begins with the name of a class."""
-    family, name = family_of(label), label.partition("(")[0].partition(":")[0]
+    family, name = family_of(label), class_of(label)
     place = FAMILIES[family].index(name) if family in FAMILIES else 0
     return {"color": COLOUR.get(family, COLOURS[3]), "marker": MARKERS[place]}
 
