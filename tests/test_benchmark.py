@@ -45,11 +45,14 @@ def test_decoding_and_memory_are_measured(tmp_path, capsys):
     benchmark.main(["memory", "--lengths", "32", "64", "--out", str(tmp_path / "memory")])
     decode, memory = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("decode", "memory"))
     assert decode["cells"][0]["cell"]["queries"] == 1
-    *plans, last = memory["cells"]
+    *plans, chunked, fused = memory["cells"]
     assert len(plans) == 2 * 2 * 2
-    assert all(set(plan["temporaries"]) == {"Chunked", "jax.nn"} for plan in plans)
-    assert last["finite"]
-    assert last["cell"]["length"] == 64
+    assert all(set(plan["temporaries"]) == {"Chunked", "Fused", "jax.nn"} for plan in plans)
+    assert [run["method"] for run in (chunked, fused)] == ["Chunked", "Fused"]
+    for run in (chunked, fused):
+        assert run["finite"]
+        assert run["cell"]["length"] == 64
+        assert run["peak_bytes"] > 2**20
     assert "temporaries" in capsys.readouterr().out
 
 
