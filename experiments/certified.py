@@ -32,7 +32,7 @@ RACES = (
     ("iid, norms of 12", False, 1.0),
     ("iid", False, 1.0),
 )
-Head = tuple[np.ndarray, np.ndarray, np.ndarray]
+Head = tuple[Any, Any, Any]
 """Queries, keys and values of one head, `1 T 1 H`."""
 
 
@@ -72,7 +72,7 @@ class Certified:
         console = Console(stderr=True)
         looks = [(False, bound) for bound in self.bounds] + [(True, bound) for bound in self.causal_bounds]
         # A program for each of the first two and each size of a head.
-        axes = list(itertools.product(looks, self.tolerances, self._inputs(False), self.temperatures))
+        axes: list[Any] = list(itertools.product(looks, self.tolerances, self._inputs(False), self.temperatures))
         steps = track(axes, "certifying", console=console, disable=not console.is_terminal)
         results = [self._looked_at(*look, *axis) for look, *axis in steps]
         return results + [self._raced(T, *race) for T in self.lengths for race in RACES]
@@ -81,7 +81,7 @@ class Certified:
     def _inputs(self, causal: bool) -> dict[str, list[Head]]:
         """The heads of each kind of inputs."""
         sizes = (self.tokens, 1, self.head_size, causal)
-        found = {family: [draw(np.random.default_rng(0), *sizes)] for family, draw in FAMILIES.items()}
+        found: dict[str, Any] = {family: [draw(np.random.default_rng(0), *sizes)] for family, draw in FAMILIES.items()}
         for path in self.operands:
             for depth, layer in enumerate(load(path)):
                 found[f"{layer.name}, layer {depth}"] = list(heads(layer, self.tokens))
@@ -90,8 +90,8 @@ class Certified:
     @functools.cache  # noqa: B019 (it depends on no bound)
     def _oracle(self, causal: bool, family: str, temperature: float) -> dict[float, float]:
         """The share of keys that an oracle reads at each tolerance, mean over rows and heads."""
-        options = {"page": self.page, "causal": causal}
-        shares = [oracle(head, temperature, self.tolerances, **options) for head in self._inputs(causal)[family]]
+        every = self._inputs(causal)[family]
+        shares = [oracle(head, temperature, self.tolerances, self.page, causal=causal) for head in every]
         return dict(zip(self.tolerances, np.mean(shares, (0, 2)).tolist(), strict=True))
 
     def _looked_at(self, causal: bool, bound: str, tolerance: float, family: str, temperature: float) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def heads(layer, tokens: int) -> Iterator[Head]:
     query, key, value = (np.asarray(x)[:1, :tokens] for x in (layer.query, layer.key, layer.value))
     shared = query.shape[2] // key.shape[2]
     for n in range(query.shape[2]):
-        yield query[:, :, n : n + 1], *(x[:, :, n // shared : n // shared + 1] for x in (key, value))
+        own = slice(n // shared, n // shared + 1)
+        yield query[:, :, n : n + 1], key[:, :, own], value[:, :, own]
 
 
 def _call(function, operands, temperature):

@@ -45,7 +45,7 @@ def looseness(panel: Axes, name: str, cells: list[Cell]) -> None:
     panel.set_yscale("log")
 
 
-AXES = {read: "share of keys read", looseness: "bound / error"}
+AXES: dict[Callable[[Axes, str, list[Cell]], None], str] = {read: "share of keys read", looseness: "bound / error"}
 
 
 def _line(panel: Axes, name: str, cells: list[Cell], number: Callable[[Cell], float]) -> None:
@@ -127,7 +127,7 @@ def raced(races: list[Cell]) -> Figure:
             places, middle = [place + 0.24 * (index - 0.5) for place, _ in rows], [x["median"] for _, x in rows]
             below = [x["median"] - x["lower_quartile"] for _, x in rows]
             above = [x["upper_quartile"] - x["median"] for _, x in rows]
-            style = {"color": COLOURS[index], "marker": marker, "linestyle": "none", "capsize": 3}
+            style: Any = {"color": COLOURS[index], "marker": marker, "linestyle": "none", "capsize": 3}
             panel.errorbar(middle, places, xerr=(below, above), label=f"{name} / Certified", **style)
         panel.axvline(1, color="#555555", linewidth=1, linestyle="--")
         panel.set_xscale("log", base=2)

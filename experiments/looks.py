@@ -42,7 +42,7 @@ def look_of(label: str) -> dict[str, Any]:
 def legend_by_family(figure: Figure, panels: Iterable[Axes], **options: Any) -> None:
     """The lines of all panels below them, a column for each family."""
     found = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    columns = []
+    columns: list[list[tuple[Any, str]]] = []
     for family in (*FAMILIES, OTHERS):
         if members := sorted(name for name in found if family_of(name) == family):
             columns.append([(Line2D([], [], linestyle="none"), f"$\\bf{{{family.replace(' ', '~')}}}$")])

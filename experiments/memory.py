@@ -61,7 +61,9 @@ class Memory:
 def planned(cell: Cell) -> dict[str, int | None]:
     """Bytes of temporaries of each contestant."""
     operand = jax.ShapeDtypeStruct((1, cell.length, cell.heads, cell.head_size), jnp.dtype(cell.dtype))
-    calls = {name: functools.partial(attention.dot_product_attention, method=x) for name, x in METHODS.items()}
+    calls: dict[str, Any] = {
+        name: functools.partial(attention.dot_product_attention, method=x) for name, x in METHODS.items()
+    }
     calls["jax.nn"] = jax.nn.dot_product_attention
     functions = {name: loss_of(cell, functools.partial(x, is_causal=cell.causal)) for name, x in calls.items()}
     return {name: temporaries(function, operand, operand, operand) for name, function in functions.items()}

@@ -1,12 +1,11 @@
 """What `Certified` did for one head, row by row, and what an oracle of page means would read that knows every key."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 import attention
 
@@ -14,21 +13,21 @@ ROWS = 256  # that the oracle looks at together
 
 
 class Found(NamedTuple):
-    """Of each query the error, its bound, and whether anything was left out for it; of the head the share of keys read.
+    """Of each query, `T`, the error, its bound, and whether anything was left out; of the head the share of keys read.
 
     What its certificate says, whichever way the head went: by pages, by the moments of all keys, or by every key.
     """
 
-    error: Float[Array, " T"]
-    bound: Float[Array, " T"]
-    fires: Array
-    read: Float[Array, ""]
+    error: Any
+    bound: Any
+    fires: Any
+    read: Any
 
 
 @functools.partial(jax.jit, static_argnames=("method", "causal"))
 def looked_at(operands, temperature, method: attention.Certified, *, causal: bool = False) -> Found:
     """What was executed for one head, `1 T 1 H`."""
-    options = {"temperature": temperature, "is_causal": causal}
+    options: dict[str, Any] = {"temperature": temperature, "is_causal": causal}
     output, certificate = attention.certified_attention(*operands, method=method, **options)
     error = jnp.linalg.norm(output - attention.dot_product_attention(*operands, **options), axis=-1)
     return Found(

@@ -49,8 +49,8 @@ def curves(
         mean, low, high = (
             np.array([row["numbers"][number][key] for row in rows], np.float64) for key in ("mean", "low", "high")
         )
-        looks = style(name) if style else _look(index)
-        axes.plot(places, mean, **({"markersize": 4, "linewidth": 1.3, "label": wrapped(str(name))} | looks))
+        looks: dict[str, Any] = {"markersize": 4, "linewidth": 1.3} | (style(name) if style else _look(index))
+        axes.plot(places, mean, label=wrapped(str(name)), **looks)
         axes.fill_between(places, low, high, color=looks["color"], alpha=0.18, linewidth=0)
     axes.grid(alpha=0.25, color="#888888")
 

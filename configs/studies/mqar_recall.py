@@ -124,7 +124,7 @@ def _axes(
     )
 
 
-METHODS = [attention.Exact(), attention.Performer(features=16), attention.Hedgehog()]
+METHODS: list[attention.Method] = [attention.Exact(), attention.Performer(features=16), attention.Hedgehog()]
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
 study = Study(
     sweep=Sweep(
