@@ -16,11 +16,12 @@ It takes about 11 minutes on 2 CPU cores, by the time of its steps.
 Expected: between 3e-4 and 3e-1, after 100,000 steps, QK-norm lowers the sensitivity considerably and trains to a low
 loss at high rates, and more so the larger the model, since logits grow with the learning rate where nothing bounds them
 (Wortsman et al., arXiv 2309.14322, section 3.1, where the sensitivity is defined in section 2.2); a soft cap bounds
-them, too (Gemma 2, arXiv 2408.00118, section 2), and beside QK-norm takes 1.5 times its rate without diverging
-(Rybakov et al., arXiv 2410.16682, at 830 million parameters). At twice the usual rate a plain vision transformer's
-entropy falls to nearly 0 and it diverges; the least entropy falls exponentially in the spectral norm of the logits,
-which sigma-reparametrisation bounds: it trains without warm-up (Zhai et al., arXiv 2303.06296, sections 1 and 3). A
-sigmoid gate after attention tolerates larger rates (Qiu et al., arXiv 2505.06708, abstract).
+them, too (Gemma 2, arXiv 2408.00118, section 2), and beside QK-norm takes 1.5 times its rate without diverging (Rybakov
+et al., arXiv 2410.16682, at 830 million parameters). At twice the usual rate a plain vision transformer's entropy falls
+to nearly 0 and it diverges; the least entropy falls exponentially in the spectral norm of the logits, which
+sigma-reparametrisation bounds: of all linear layers, it trains a vision transformer without warm-up (Zhai et al., arXiv
+2303.06296, abstract and section 1); here it is on attention's projections alone. A sigmoid gate after attention
+tolerates larger rates (Qiu et al., arXiv 2505.06708, abstract).
 
 Found (docs/results/lr_x_scale, 3 seeds): none of the 126 runs diverged, and the best loss is the same for all rules but
 1/H within the seeds' spread, 2.46 to 2.49 at a rate of 0.01 (1/H: 2.51).
