@@ -1,6 +1,6 @@
 """Benchmarks: `python -m experiments.benchmark exact` races exact attention; see --help for the others.
 
-Each writes results.json, and a figure as SVG and PNG; of times it reports ratios within rounds of contestants.
+Each writes results.json, and its figures as SVG and PNG; of times it reports ratios within rounds of contestants.
 """
 
 import sys
@@ -46,12 +46,14 @@ Benchmark = (
 )
 
 
-def drawn(benchmark: Any, results: list[dict[str, Any]]) -> tuple[Figure, Table]:
-    """The results as a figure and as a table: by `race`, or by the module of a benchmark that is none."""
+def drawn(benchmark: Any, results: list[dict[str, Any]]) -> tuple[dict[str, Figure], Table]:
+    """The results as figures by name and as a table: by `race`, or by the module of a benchmark that is none."""
+    name = type(benchmark).__name__.lower()
     if isinstance(benchmark, races.Exact):
-        return race.figure(results, benchmark.mine), race.table(results, benchmark.mine)
+        return {name: race.figure(results, benchmark.mine)}, race.table(results, benchmark.mine)
     module = sys.modules[type(benchmark).__module__]
-    return module.figure(results), module.table(results)
+    several = getattr(module, "figures", None)
+    return several(results) if several else {name: module.figure(results)}, module.table(results)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -65,8 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     if getattr(benchmark, "keep_memory", True):
         keep_memory()
     results = benchmark.measured()
-    figure, table = drawn(benchmark, results)
-    written(benchmark, results, figure)
+    figures, table = drawn(benchmark, results)
+    written(benchmark, results, figures)
     Console().print(table)
 
 

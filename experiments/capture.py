@@ -1,7 +1,7 @@
 """Saves what a run attends with: `python -m experiments.capture runs/run --out FILE.safetensors`.
 
 The queries, keys and values of every layer, and what their products are multiplied by, on held-out sequences, for
-`python -m experiments.benchmark temperature --operands FILE.safetensors`, and `certified`.
+`python -m experiments.benchmark temperature --operands FILE.safetensors`, `certified` and `coverage`.
 
 Exit codes: 0 finished, 2 a wrong option or input.
 """

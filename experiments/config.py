@@ -36,8 +36,8 @@ class Model:
     """Hidden size of the gated MLP."""
     context: int = 128
     """Tokens in a training sequence, T."""
-    positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
-    """How a token knows where it is."""
+    positions: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
+    """How a token knows where it is; with `none` by how many tokens it sees, and so from the second layer on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters and the loss stay in float32."""
     scale_rule: AnyScaleRule = "1/sqrt(H)"

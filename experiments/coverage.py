@@ -1,4 +1,5 @@
-"""How often probabilistic certificates fail, over draws of the sample: on natural inputs, and on adversarial ones."""
+"""How often probabilistic certificates fail, over draws of the sample: on drawn inputs, adversarial ones among them,
+and on what models attend with."""
 
 import dataclasses
 import functools
@@ -17,11 +18,13 @@ from scipy import stats
 
 import attention
 from attention.testing.oracle import oracle
-from experiments.drawing import COLUMNS, look, panels
+from experiments.drawing import COLUMNS, look, panels, wrapped
+from experiments.operand_files import load
 from experiments.timing import spread
 
 QUERIES = 4  # at the end of the keys
 RUN = 16  # keys around a shared centre, and of a page
+Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
 TOLERANCES = (0.1, 0.01, 0.001)  # of the largest distance of two values
 OPTIONS: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right"}
 
@@ -44,25 +47,39 @@ class Coverage:
     """The probability of failure that is promised."""
     draws: int = 2048
     """Samples of each family and temperature."""
+    operands: tuple[Path, ...] = ()
+    """Files of `python -m experiments.capture`, whose layers are families too, by all heads of their first sequence;
+    `tokens` at most of each."""
     out: Path = Path("runs/benchmark/coverage")
     """Folder for results.json, coverage.svg and coverage.png."""
 
     def measured(self) -> list[dict[str, Any]]:
         console = Console(stderr=True)
-        axes = list(itertools.product(self.samples, self.heavy, FAMILIES, self.temperatures))
+        problems = self._problems()
+        axes = list(itertools.product(self.samples, self.heavy, problems, self.temperatures))
         return [
-            self._counted(*axis) for axis in track(axes, "drawing", console=console, disable=not console.is_terminal)
+            self._counted(problems[axis[2]], *axis)
+            for axis in track(axes, "drawing", console=console, disable=not console.is_terminal)
         ]
 
-    def _counted(self, samples: int, heavy: int, family: str, temperature: float) -> dict[str, Any]:
+    def _problems(self) -> dict[str, Problem]:
+        """Queries, keys and values of each family."""
+        found = {family: problem(family, self.tokens, self.head_size) for family in FAMILIES}
+        for path in self.operands:
+            for depth, layer in enumerate(load(path)):
+                query, key, value = (x[:1, : self.tokens] for x in (layer.query, layer.key, layer.value))
+                found[f"{layer.name}, layer {depth}"] = query[:, -QUERIES:], key, value
+        return found
+
+    def _counted(self, operands: Problem, samples: int, heavy: int, family: str, temperature: float) -> dict[str, Any]:
         """Failures of the row that failed most often, whose draws are independent, with their interval of 95%."""
         sizes = {"samples": samples, "window": 16, "sinks": 4, "query_block": QUERIES, "heavy": heavy, "page": RUN}
         method = attention.Sampled(**sizes, delta=self.delta)
-        operands = problem(family, self.tokens, self.head_size)
         found = drawn(operands, temperature, method, seed=1, draws=self.draws)
         failures = int((found.error > found.bound).sum(0).max())
         interval = stats.binomtest(failures, self.draws).proportion_ci(0.95, "exact")
-        apart = farthest(operands[2][0, :, 0])
+        query, _, value = operands
+        apart = np.repeat([farthest(x) for x in value[0].swapaxes(0, 1)], query.shape[2] // value.shape[2])
         return {
             "family": family,
             "samples": samples,
@@ -121,7 +138,7 @@ def farthest(value) -> float:
     return float(np.sqrt(np.max(squares[:, None] + squares[None] - 2 * value @ value.T)))
 
 
-def problem(family: str, S: int, H: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def problem(family: str, S: int, H: int, seed: int = 0) -> Problem:
     """Queries of 2 heads at the end of S keys, and their values: `1 T N H`, `1 S 1 H`, in float32."""
     rng = np.random.default_rng(seed)
     shapes = ((1, QUERIES, 2, H), (1, S, 1, H), (1, S, 1, H))
@@ -175,9 +192,10 @@ FAMILIES: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], None
 
 def figure(results: list[dict[str, Any]]) -> Figure:
     """Median bound and error in units of the largest distance of two values, over temperature, a panel a family."""
-    drawing, axes = panels(len(FAMILIES), sharex=True, sharey=True)
+    families = list(dict.fromkeys(x["family"] for x in results))
+    drawing, axes = panels(len(families), sharex=True, sharey=True)
     drawing.set_layout_engine("constrained")
-    for panel, family in zip(axes, FAMILIES, strict=True):
+    for panel, family in zip(axes, families, strict=True):
         for index, (samples, heavy) in enumerate(dict.fromkeys((x["samples"], x["heavy"]) for x in results)):
             cells = [x for x in results if (x["family"], x["samples"], x["heavy"]) == (family, samples, heavy)]
             temperatures, (colour, marker) = [x["temperature"] for x in cells], look(index)
@@ -185,7 +203,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
                 medians = [x[name]["median"] for x in cells]
                 label = f"{name}, m = {samples}" + (f", {heavy} heavy pages" if heavy else "")
                 panel.plot(temperatures, medians, style, color=colour, marker=marker, markersize=4, label=label)
-        panel.set_title(family)
+        panel.set_title(wrapped(family))
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.grid(alpha=0.25, color="#888888")
@@ -199,7 +217,7 @@ def figure(results: list[dict[str, Any]]) -> Figure:
 def table(results: list[dict[str, Any]]) -> Table:
     """The worst cell of each family for a terminal."""
     shown = Table("inputs", "draws", "most failures", "interval of 95%", title="failures of a row's certificate")
-    for family in FAMILIES:
+    for family in dict.fromkeys(x["family"] for x in results):
         worst = max((x for x in results if x["family"] == family), key=lambda x: x["failures"])
         low, high = worst["interval"]
         shown.add_row(family, str(worst["draws"]), str(worst["failures"]), f"{low:.4f} to {high:.4f}")

@@ -49,9 +49,11 @@ STYLE: Any = {
 }
 
 
-def panels(count: int, *, width: float = 3.1, height: float = 2.9, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, at most `COLUMNS` in a row."""
-    columns = min(count, COLUMNS)
+def panels(
+    count: int, *, width: float = 3.1, height: float = 2.9, columns: int = COLUMNS, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, at most `columns` in a row."""
+    columns = min(count, columns)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(width * columns, 4.2) + 0.8, height * rows + 0.4))
     grid = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()

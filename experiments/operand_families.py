@@ -53,8 +53,39 @@ def shuffled(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
     return query[:, queries], key[:, keys], value[:, keys]
 
 
-FAMILIES = {"iid": iid, "clustered pages": clustered, "power law": power_law, "coherent runs": coherent}
-NORMS = (10, 11, 12)
+def duplicated(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
+    """Each key is one of 16, anywhere; its value is its own."""
+    query, key, value = iid(rng, T, N, H, causal)
+    return query, key[:, rng.integers(min(16, T), size=T)], value
+
+
+def huge_key(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
+    """One key in the first half is 20 times as long: half of the queries see little else, the others hardly it."""
+    query, key, value = iid(rng, T, N, H, causal)
+    key[:, rng.integers(max(1, T // 2))] *= 20
+    return query, key, value
+
+
+def huge_values(rng: np.random.Generator, T: int, N: int, H: int, causal: bool):
+    """A run of 64 keys in the first half, which no query looks at, has values 1,000 times as large."""
+    query, key, value = iid(rng, T, N, H, causal)
+    query, key = np.abs(query), np.abs(key)
+    first = rng.integers(max(1, T // 2))
+    key[:, first : first + 64] *= -1
+    value[:, first : first + 64] *= 1000
+    return query, key, value
+
+
+FAMILIES = {
+    "iid": iid,
+    "clustered pages": clustered,
+    "power law": power_law,
+    "coherent runs": coherent,
+    "duplicated keys": duplicated,
+    "one huge key": huge_key,
+    "huge values unseen": huge_values,
+}
+NORMS = (10, 11, 12, 14)
 RACED: dict[str, Callable[..., tuple[np.ndarray, ...]]] = {
     **FAMILIES,
     "shuffled runs": shuffled,

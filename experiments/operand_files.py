@@ -58,12 +58,15 @@ def load(path: Path) -> list[Operands]:
         raise ValueError(f"operands is {path}: no safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"operands is {path}, of format {metadata.get('format')}: expected {FORMAT}")
-    found = []
-    for depth in range(metadata["layers"]):
-        query, key, value, beta = (arrays[f"{depth}/{field.name}"] for field in dataclasses.fields(Layer))
-        factors = beta * np.sqrt(np.float32(query.shape[-1]))
-        found.append(Operands(metadata["about"], query * factors[:, None], key, value, causal=True))
-    return found
+    names = [field.name for field in dataclasses.fields(Layer)]
+    layers = [Layer(**{name: arrays[f"{depth}/{name}"] for name in names}) for depth in range(metadata["layers"])]
+    return [operands_of(layer, metadata["about"]) for layer in layers]
+
+
+def operands_of(layer: Layer, about: str) -> Operands:
+    """What a layer attended with as operands of causal attention scaled by 1 / sqrt(H): beta is in the queries."""
+    factors = layer.beta * np.sqrt(np.float32(layer.query.shape[-1]))
+    return Operands(about, layer.query * factors[:, None], layer.key, layer.value, causal=True)
 
 
 def concatenated(operands: list[Operands]) -> Operands:

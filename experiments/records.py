@@ -1,4 +1,4 @@
-"""What a benchmark writes: its results with what they depend on, and their figure."""
+"""What a benchmark writes: its results with what they depend on, and their figures."""
 
 import contextlib
 import dataclasses
@@ -15,18 +15,24 @@ from experiments.files import write_bytes, write_json
 from experiments.runtime import environment
 
 
-def written(benchmark: Any, results: list[dict[str, Any]], drawing: Figure) -> None:
-    """Writes results.json and the figure into the benchmark's folder."""
+def written(benchmark: Any, results: list[dict[str, Any]], drawings: dict[str, Figure]) -> None:
+    """Writes results.json and the figures into the benchmark's folder."""
     name = type(benchmark).__name__.lower()
     record = {"benchmark": name, "config": told(benchmark), "environment": _environment(), "cells": results}
     benchmark.out.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.out / "results.json", record)
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        for kind, details in (("svg", {"Date": None}), ("png", None)):
-            buffer = io.BytesIO()
-            drawing.savefig(buffer, format=kind, dpi=150, metadata=details)
-            write_bytes(benchmark.out / f"{name}.{kind}", buffer.getvalue())
-    print(f"written: {benchmark.out}/results.json, {name}.svg, {name}.png")
+    save(benchmark.out, drawings, name)
+    print(f"written: {benchmark.out}/results.json, {', '.join(f'{x}.svg, {x}.png' for x in drawings)}")
+
+
+def save(folder: Path, drawings: dict[str, Figure], salt: str) -> None:
+    """Writes figures into a folder: the same ones give the same bytes."""
+    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        for name, drawing in drawings.items():
+            for kind, details in (("svg", {"Date": None}), ("png", None)):
+                buffer = io.BytesIO()
+                drawing.savefig(buffer, format=kind, dpi=150, metadata=details)
+                write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
 
 
 def told(benchmark: Any) -> dict[str, Any]:

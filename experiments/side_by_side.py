@@ -121,20 +121,20 @@ def _pair(seconds: dict[str, list[float]], count: int) -> dict[str, list[float]]
 
 def figure(results: list[dict[str, Any]]) -> Figure:
     """Time of the loop over that of vmap, whiskers over the quartiles; temporaries, and compilation of a step, over \
-the members. Lines of loops are dashed."""
+the members."""
     with mpl.rc_context({"font.size": 9}):
         drawing = Figure(figsize=(10.5, 3.4), layout="constrained")
         faster, room, compilation = drawing.subplots(1, 3)
     for index, name in enumerate(dict.fromkeys(row["sweep"] for row in results)):
-        rows, (colour, marker) = [row for row in results if row["sweep"] == name], look(index)
+        rows, (colour, marker) = [row for row in results if row["sweep"] == name], look(2 * index)
         counts, found = [row["members"] for row in rows], [row["loop_over_vmap"] for row in rows]
         middle = [ratio["median"] for ratio in found]
         below = [ratio["median"] - ratio["lower_quartile"] for ratio in found]
         above = [ratio["upper_quartile"] - ratio["median"] for ratio in found]
         faster.errorbar(counts, middle, (below, above), color=colour, marker=marker, capsize=3, label=name)
         for panel, quantity, unit in ((room, "temporary_bytes", MEBIBYTE), (compilation, "compile_seconds", 1)):
-            for kind, line in (("vmap", "-"), ("loop", "--")):
-                sizes = [row[quantity][kind] / unit for row in rows]
+            for place, (kind, line) in enumerate((("vmap", "-"), ("loop", "--"))):
+                sizes, (colour, marker) = [row[quantity][kind] / unit for row in rows], look(2 * index + place)
                 panel.plot(counts, sizes, line, color=colour, marker=marker, label=f"{name}, {kind}")
     faster.axhline(1, color="#555555", linewidth=1, linestyle="--")
     for panel, label in (
@@ -151,10 +151,10 @@ def _labelled(panel: Axes, label: str, counts: list[int]) -> None:
     panel.set_xticks(counts, [str(count) for count in counts])
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set(xlabel="members", ylabel=label)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25, color="#888888")
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2)
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -9,6 +9,7 @@ stopped by SIGINT and SIGTERM.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from experiments.paths import UNSWEPT
 from experiments.presets import Sweep
 from experiments.provenance import describe_corpus
 from experiments.runtime import environment, start_process
-from experiments.studies import Work, load_study, study_names, summarised
+from experiments.studies import Study, Work, load_study, study_names, summarised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def run_study(options: Options) -> Path:
     )
     out = options.out or options.folder / name / "study"
     out.mkdir(parents=True, exist_ok=True)
-    record = {"study": options.name, "smoke": options.smoke, "command": command, **_conditions(sweep)}
+    record = {"study": options.name, "smoke": options.smoke, "command": command, **conditions(study, sweep)}
     record |= {"summary": summarised(rows), "rows": rows}
     files = drawn(lambda results: study.figure(results["summary"]), record)
     for kind, content in files.items():
@@ -97,7 +98,7 @@ def page(record: dict[str, Any], description: str, svg: bytes, caption: str) -> 
     tables: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Any]] = {}
     for row in record["summary"]:  # rows of different kinds have tables of their own
         tables.setdefault((tuple(row["axes"]), tuple(row["numbers"])), []).append(row)
-    told = ("versions", "backend", "device", "cores", "corpus")
+    told = ("versions", "backend", "device", "cores", "corpus", "measures")
     return (
         templates()
         .get_template("study.html.jinja")
@@ -112,14 +113,24 @@ def page(record: dict[str, Any], description: str, svg: bytes, caption: str) -> 
     )
 
 
-def _conditions(sweep: Sweep | None) -> dict[str, Any]:
-    """What the results depend on: versions, the machine, and what the points have in common and apart."""
-    found = {**environment(), "cores": os.cpu_count()}
-    if sweep is None:
+def conditions(study: Study, sweep: Sweep | None) -> dict[str, Any]:
+    """What the results depend on: versions, the machine, and what is asked of all points and of each."""
+    return {**environment(), "cores": os.cpu_count(), **asked(study), **_corpus(sweep)}
+
+
+def asked(study: Study) -> dict[str, Any]:
+    """What a study trains, and what it measures with: the same for the results of the study as it is today."""
+    options = study.measure.keywords if isinstance(study.measure, functools.partial) else {}
+    found: dict[str, Any] = {"measures": {name: to_dict(value) for name, value in options.items()}}
+    if study.sweep is None:
         return found
-    config = {name: value for name, value in to_dict(sweep.base).items() if name not in UNSWEPT}
-    axes = {name: [to_dict(value) for value in sweep.axes.values(name)] for name in sweep.axes.names}
-    return found | {"config": config, "axes": axes, "corpus": describe_corpus(sweep.base)}
+    config = {name: value for name, value in to_dict(study.sweep.base).items() if name not in UNSWEPT}
+    axes = {name: [to_dict(value) for value in study.sweep.axes.values(name)] for name in study.sweep.axes.names}
+    return found | {"config": config, "axes": axes}
+
+
+def _corpus(sweep: Sweep | None) -> dict[str, Any]:
+    return {} if sweep is None else {"corpus": describe_corpus(sweep.base)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from experiments.drawing import INK, legible, look, panels, power, wrapped
+from experiments.drawing import COLOURS, INK, legible, look, panels, power, wrapped
 
 Summary = Sequence[dict[str, Any]]
 
@@ -28,11 +28,19 @@ def values(summary: Summary, axis: str) -> list[Any]:
     return list(dict.fromkeys(row["axes"][axis] for row in summary if axis in row["axes"]))
 
 
-def curves(axes: Axes, summary: Summary, x: str, number: str, line: str, names: Sequence[Any] | None = None) -> None:
+def curves(
+    axes: Axes,
+    summary: Summary,
+    x: str,
+    number: str,
+    line: str,
+    names: Sequence[Any] | None = None,
+    style: Callable[[Any], dict[str, Any]] | None = None,
+) -> None:
     """The mean of a number over the axis `x`, a line for each value of the axis `line`, with a band over all seeds.
 
     A line has a gap where there is no mean. Panels that are given the same `names` show a name alike, whether or not
-    all of them have it.
+    all of them have it; with a `style` it is that of the name.
     """
     for index, name in enumerate(values(summary, line) if names is None else names):
         rows = sorted(chosen(summary, **{line: name}), key=lambda row: row["axes"][x])
@@ -41,10 +49,16 @@ def curves(axes: Axes, summary: Summary, x: str, number: str, line: str, names: 
         mean, low, high = (
             np.array([row["numbers"][number][key] for row in rows], np.float64) for key in ("mean", "low", "high")
         )
-        colour, marker = look(index)
-        axes.plot(places, mean, color=colour, marker=marker, markersize=4, linewidth=1.3, label=wrapped(str(name)))
-        axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+        looks: dict[str, Any] = {"markersize": 4, "linewidth": 1.3} | (style(name) if style else _look(index))
+        axes.plot(places, mean, label=wrapped(str(name)), **looks)
+        axes.fill_between(places, low, high, color=looks["color"], alpha=0.18, linewidth=0)
     axes.grid(alpha=0.25, color="#888888")
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Lines after those of the six colours are broken, so that none looks like another."""
+    colour, marker = look(index)
+    return {"color": colour, "marker": marker, "linestyle": ("-", "--", ":")[index // len(COLOURS) % 3]}
 
 
 def powers(axes: Axes, places: Iterable[float], label: str) -> None:

@@ -1,6 +1,7 @@
 """The error of every method over the temperature, at equal work, on random operands and on those of a trained model."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,9 @@ def errors(
     weights, means over rows and heads.
     """
     case = [jnp.asarray(x) for x in (operands.query, operands.key, operands.value)]
-    exact = jax.jit(lambda t, *case: attend(attention.Chunked(), case, None, t, operands.causal)[0])
-    truth = [np.asarray(exact(t, *case), np.float64) for t in temperatures]
+    truth = [
+        np.asarray(attend(attention.Chunked(), case, None, t, operands.causal)[0], np.float64) for t in temperatures
+    ]
     centred = np.asarray(operands.value, np.float64) - np.mean(operands.value, axis=1, keepdims=True, dtype=np.float64)
     radius = float(np.linalg.norm(centred, axis=-1).max())
     console = Console(stderr=True)
@@ -87,8 +89,7 @@ def errors(
     for method, share in track(chosen.items(), operands.name, console=console, disable=not console.is_terminal):
         heads, size = operands.query.shape[-2:]
         params = method.init(jax.random.key(seed), num_heads=heads, head_dim=size)
-        call = jax.jit(lambda t, params, *case, method=method: attend(method, case, params, t, operands.causal))
-        found = [jax.tree.map(np.asarray, call(t, params, *case)) for t in temperatures]
+        found = [jax.tree.map(np.asarray, attend(method, case, params, t, operands.causal)) for t in temperatures]
         error = [output.astype(np.float64) - exact for (output, _), exact in zip(found, truth, strict=True)]
         rows[repr(method)] = {"share_of_exact_operations": share} | compared(error, truth, radius)
         if method.capabilities.certificate != "none":
@@ -107,6 +108,7 @@ def errors(
     }
 
 
+@functools.partial(jax.jit, static_argnames=("method", "causal"))
 def attend(method: Method, case, params: Any, temperature, causal: bool) -> tuple[jax.Array, Any]:
     """The output, and the bound on its error with the share of the keys that were read, where there is one."""
     options: dict[str, Any] = {"params": params, "temperature": temperature, "is_causal": causal}

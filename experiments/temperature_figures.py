@@ -1,105 +1,102 @@
 """The errors of methods over the temperature, as figures and as a table."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich.table import Table
 
-from experiments.drawing import COLOURS, MARKERS
+from experiments.drawing import wrapped
+from experiments.looks import family_of, legend_by_family, look_of
 
-# A colour a method: those of the other figures, and six between them.
-PALETTE = (*COLOURS, "#5B2C83", "#7F7F7F", "#8C4A2F", "#1B1B1F", "#A6A000", "#B2182B")
-FILLS = ("full", "none", "left")  # of the markers of one class's configurations
+FILLS = ("full", "none", "left", "right")  # of the markers of one class's configurations
 COLUMNS = 3
-EXACT = 1e-5  # of the output's norm, below which errors are rounding and are not drawn where they stand alone
-TITLE = "operations of each method / those of exact attention"
+EXACT = 1e-5  # of the output's norm, below which errors are rounding, and are not drawn
+BUDGETS = ("features", "k", "order", "blocks", "landmarks", "samples", "tolerance", "rounds", "window")
+KINDS = ("coupling", "kind")
+"""Fields of methods that labels have: the first of the former that there is, and all of the latter."""
 
 
 def figure(results: list[dict[str, Any]]) -> Figure:
-    """The error relative to the output's norm, methods beyond the budget dashed. Of up to three kinds of operands the \
-median error (lines) and the median bound (dotted) stand below, in radii of the values."""
-    return _with_bounds(results) if len(results) <= COLUMNS else _errors_alone(results)
+    """The error relative to the output's norm; methods that take more operations than exact attention are dashed. Of \
+up to three kinds of operands the median error and the median bound (dotted) stand below, in radii of the values."""
+    with mpl.rc_context({"font.size": 10}):
+        return _with_bounds(results) if len(results) <= COLUMNS else _errors_alone(results)
 
 
 def _with_bounds(results: list[dict[str, Any]]) -> Figure:
-    drawing = Figure(figsize=(6.2 * len(results), 10), layout="constrained")
-    grid = drawing.subplots(2, len(results), squeeze=False, sharex="col")
+    drawing = Figure(figsize=(4.2 * len(results) + 0.6, 9.2), layout="constrained")
+    grid = drawing.subplots(2, len(results), squeeze=False, sharex="col", sharey="row")
+    labels = _labels(results, "relative_error", "bound_over_radius")
     for (above, below), result in zip(grid.T, results, strict=True):
         temperatures = result["temperatures"]
-        for label, row, style in _lines(result, _classes(results)):
-            above.plot(temperatures, row["relative_error"], label=label, **style)
+        for name, row, style in _lines(result):
+            above.plot(temperatures, row["relative_error"], label=labels.get(name), **style)
             below.plot(temperatures, row["error_over_radius"], **style)
             if "bound_over_radius" in row:
                 below.plot(temperatures, row["bound_over_radius"], **(style | {"linestyle": ":"}))
         for axes in (above, below):
             _scaled(axes)
-        above.set_title(result["operands"], fontsize=10)
-        above.set_ylabel("|error| / |exact output|")
-        below.set_ylabel("median error (bound: dotted) / radius of the values")
+        above.set_title(wrapped(result["operands"]), fontsize=10)
         below.set_xlabel("temperature")
-        below.legend(
-            *above.get_legend_handles_labels(),
-            title=TITLE,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.14),
-            frameon=False,
-            fontsize=8,
-            title_fontsize=8,
-        )
+    for axes in grid[:, 0]:
+        axes.set_ylim(bottom=EXACT)  # once all have scaled to what is in them
+    grid[0, 0].set_ylabel("|error| / |exact output|")
+    grid[1, 0].set_ylabel("median error (bound: dotted) / radius of the values")
+    legend_by_family(drawing, grid[0], fontsize=9)
     return drawing
 
 
 def _errors_alone(results: list[dict[str, Any]]) -> Figure:
     rows = -(-len(results) // COLUMNS)
-    drawing = Figure(figsize=(4.4 * COLUMNS, 3.1 * rows + 2.2), layout="constrained")
+    drawing = Figure(figsize=(4.2 * COLUMNS + 0.6, 2.9 * rows + 1.8), layout="constrained")
     grid = drawing.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True)
+    labels = _labels(results, "relative_error")
     for axes, result in zip(grid.flat, results, strict=False):
-        for label, row, style in _lines(result, _classes(results)):
-            axes.plot(result["temperatures"], row["relative_error"], label=label, **style)
+        for name, row, style in _lines(result):
+            axes.plot(result["temperatures"], row["relative_error"], label=labels.get(name), **style)
         _scaled(axes)
-        axes.set_ylim(bottom=EXACT)
-        axes.set_title(result["operands"], fontsize=10)
+        axes.set_title(wrapped(result["operands"]), fontsize=10)
+    for axes in grid[-1]:
         axes.set_xlabel("temperature")
+    grid[0, 0].set_ylim(bottom=EXACT)
     for axes in grid[:, 0]:
         axes.set_ylabel("|error| / |exact output|")
     for unused in grid.flat[len(results) :]:
         unused.set_visible(False)
-    labelled = {
-        name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    drawing.legend(
-        list(labelled.values()),
-        list(labelled),
-        title=TITLE,
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=8,
-    )
+    legend_by_family(drawing, grid.flat[: len(results)], fontsize=9)
     return drawing
 
 
-def _classes(results: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name.partition("(")[0] for result in results for name in result["methods"]))
+def _labels(results: list[dict[str, Any]], *quantities: str) -> dict[str, str]:
+    """A label for each configuration that is seen: with its budget, where that does not differ between panels."""
+    everywhere = set.intersection(*(set(result["methods"]) for result in results))
+    rows = [pair for result in results for pair in result["methods"].items()]
+    seen = dict.fromkeys(name for name, row in rows if any(max(row.get(x, [0])) >= EXACT for x in quantities))
+    return {name: _short(name) if name in everywhere else f"{name.partition('(')[0]}, largest" for name in seen}
 
 
-def _lines(result: dict[str, Any], classes: list[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Label, numbers and style of each method."""
-    drawn: list[int] = []
-    for name, row in result["methods"].items():
-        place, share = classes.index(name.partition("(")[0]), row["share_of_exact_operations"]
-        style = {
-            "color": PALETTE[place % len(PALETTE)],
-            "marker": MARKERS[place % len(MARKERS)],
-            "markersize": 4,
-            "fillstyle": FILLS[drawn.count(place) % len(FILLS)],
-            "linestyle": "-" if share <= result["budget"] else "--",
-        }
-        drawn.append(place)
-        yield f"{name}: {share:.2g}", row, style
+def _short(expression: str) -> str:
+    """An expression of a method with its budget and kind alone."""
+    name, _, fields = expression.partition("(")
+    told = dict(re.findall(r"(\w+)=('\w+'|[\w.]+)", fields))
+    budget = [f"{field}={told[field]}" for field in BUDGETS if field in told][:1]
+    shown = ", ".join(budget + [told[field].strip("'") for field in KINDS if field in told])
+    return f"{name}({shown})" if shown else name
+
+
+def _lines(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, numbers and style of each method, families together."""
+    drawn: list[str] = []
+    for name, row in sorted(result["methods"].items(), key=lambda pair: (family_of(pair[0]), pair[0])):
+        cls, costly = name.partition("(")[0], row["share_of_exact_operations"] > result["budget"]
+        style = {"markersize": 5, "linewidth": 1.4, "fillstyle": FILLS[drawn.count(cls) % len(FILLS)]}
+        drawn.append(cls)
+        yield name, row, look_of(name) | style | {"linestyle": "--" if costly else "-"}
 
 
 def _scaled(axes: Axes) -> None:

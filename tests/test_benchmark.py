@@ -13,6 +13,7 @@ from experiments.axes import product
 from experiments.config import Model
 from experiments.contestants import Cell, jax_nn, ours
 from experiments.linear import crossover
+from experiments.operand_families import FAMILIES
 from experiments.operand_files import Layer, save
 from experiments.presets import Sweep
 from experiments.studies import SMALL as SMALL_RUN
@@ -44,11 +45,14 @@ def test_decoding_and_memory_are_measured(tmp_path, capsys):
     benchmark.main(["memory", "--lengths", "32", "64", "--out", str(tmp_path / "memory")])
     decode, memory = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("decode", "memory"))
     assert decode["cells"][0]["cell"]["queries"] == 1
-    *plans, last = memory["cells"]
+    *plans, chunked, fused = memory["cells"]
     assert len(plans) == 2 * 2 * 2
-    assert all(set(plan["temporaries"]) == {"Chunked", "jax.nn"} for plan in plans)
-    assert last["finite"]
-    assert last["cell"]["length"] == 64
+    assert all(set(plan["temporaries"]) == {"Chunked", "Fused", "jax.nn"} for plan in plans)
+    assert [run["method"] for run in (chunked, fused)] == ["Chunked", "Fused"]
+    for run in (chunked, fused):
+        assert run["finite"]
+        assert run["cell"]["length"] == 64
+        assert run["peak_bytes"] > 2**20
     assert "temporaries" in capsys.readouterr().out
 
 
@@ -76,19 +80,52 @@ def captured(tmp_path):
 @pytest.mark.campaign
 def test_certificates_are_measured(tmp_path, captured, capsys):
     options = "--lengths 32 --tokens 128 --heads 1 --head-size 8 --temperatures 1 8 --tolerances 0.01 --bounds ball"
-    command = ["certified", *options.split(), "--operands", captured, "--rounds", "1", "--out", str(tmp_path)]
+    command = ["certified", *options.split(), "--operands", captured, "--rounds", "1", "--out", str(tmp_path / "c")]
     benchmark.main(command)
-    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    cells = json.loads((tmp_path / "c" / "results.json").read_text())["cells"]
     looked_at, races = [x for x in cells if "family" in x], [x for x in cells if "label" in x]
-    assert len(looked_at) == (4 + 2) * 2
+    assert len(looked_at) == (len(FAMILIES) + 2) * 2 * 2
+    assert {x["causal"] for x in looked_at} == {False, True}
     assert looked_at[-1]["family"] == "a run, layer 1"
     assert len(races) == len(certified.RACES)
     for cell in looked_at:
         assert cell["violations"] == 0
         assert 0 <= cell["oracle"] <= 1
         assert 0 <= cell["read"] <= 1
-    assert all(race["largest_error"] <= race["largest_bound"] for race in races)
+        assert len(cell["read_by_head"]) == cell["heads"]
+    for race in races:
+        assert race["largest_error"] <= race["largest_bound"]
+        assert set(race["seconds"]) == {"Certified", "Chunked", "Fused"}
+        assert race["fused_slower_than_certified"]["median"] > 0
+    files = {"results.json", *(f"{x}.{kind}" for x in ("certified", "looseness", "races") for kind in ("svg", "png"))}
+    assert {path.name for path in (tmp_path / "c").iterdir()} == files
     assert "coherent" in capsys.readouterr().out
+
+
+def test_all_heads_of_a_captured_layer_are_looked_at():
+    """Four heads that share two of the keys: the third reads the second."""
+    query, key = np.arange(4.0)[None, None, :, None] + np.zeros((2, 9, 1, 3)), np.zeros((2, 9, 2, 3))
+    key[:, :, 1] = 1
+    found = list(certified.heads(Layer(query=query, key=key, value=2 * key, beta=np.ones(4)), 5))
+    assert [(x[0, 0, 0, 0], k[0, 0, 0, 0], v[0, 0, 0, 0]) for x, k, v in found] == [
+        (0, 0, 0),
+        (1, 0, 0),
+        (2, 1, 2),
+        (3, 1, 2),
+    ]
+    assert {x.shape for head in found for x in head} == {(1, 5, 1, 3)}
+
+
+def test_hard_families_are_what_they_are_called():
+    sizes = (512, 1, 16, False)
+    draw = {name: FAMILIES[name](np.random.default_rng(0), *sizes) for name in FAMILIES}
+    assert len(np.unique(draw["duplicated keys"][1][0, :, 0], axis=0)) <= 16
+    lengths = np.sort(np.linalg.norm(draw["one huge key"][1], axis=-1).ravel())
+    assert lengths[-1] > 5 * lengths[-2]
+    query, key, value = (x[0, :, 0] for x in draw["huge values unseen"])
+    huge = np.linalg.norm(value, axis=-1) > 100
+    assert huge.sum() == 64
+    assert np.max(query @ key[huge].T) < 0 < np.min(query @ key[~huge].T)
 
 
 @pytest.mark.campaign

@@ -19,6 +19,7 @@ from attention.testing.cases import Case, families, params_for
 from attention.testing.oracle import oracle
 from experiments import benchmark, coverage
 from experiments.data import validation_batches
+from experiments.operand_files import Layer, save
 from experiments.saved import load
 from experiments.steps import model_graph
 from experiments.train import train
@@ -85,13 +86,19 @@ def test_no_certificate_is_broken(method, dtype, causal, trained, record_propert
 
 
 def test_coverage_is_measured(tmp_path, capsys):
-    options = "--tokens 96 --head-size 4 --samples 16 --temperatures 8 --draws 64"
-    benchmark.main(["coverage", *options.split(), "--out", str(tmp_path / "coverage")])
+    """On drawn families, and on a file of two heads that share the keys of one; what models have is in `trained`."""
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((1, 64, 2, 4)), *rng.standard_normal((2, 1, 64, 1, 4))
+    save(tmp_path / "run.safetensors", [Layer(query=query, key=key, value=value, beta=np.full(2, 0.5))], "a run")
+    options = "--tokens 96 --head-size 4 --samples 16 --temperatures 8 --draws 64 --operands"
+    command = ["coverage", *options.split(), str(tmp_path / "run.safetensors"), "--out", str(tmp_path / "coverage")]
+    benchmark.main(command)
     cells = json.loads((tmp_path / "coverage" / "results.json").read_text())["cells"]
-    assert [cell["family"] for cell in cells] == list(coverage.FAMILIES)
+    assert [cell["family"] for cell in cells] == [*coverage.FAMILIES, "a run, layer 0"] * 2
     for cell in cells:
         low, high = cell["interval"]
         assert low <= cell["failures"] / cell["draws"] <= high
         assert cell["failures"] <= most_failures(cell["draws"], 0.95)
+        assert 0 < cell["error"]["median"] < cell["bound"]["median"]
     assert (tmp_path / "coverage" / "coverage.png").exists()
-    assert "huge key" in capsys.readouterr().out
+    assert "a run, layer 0" in capsys.readouterr().out
