@@ -33,18 +33,32 @@ INLINE void add(float *to, const float *from, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(from + i));
 }
 
+typedef float quad __attribute__((vector_size(16)));
+typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* Four numbers of each of four rows, `stride` apart, as rows of a panel that stands upright, times `factor`. */
+INLINE void turn(float *to, const float *from, int64_t stride, float factor) {
+  quad x[4], pairs[4];
+  UNROLLED for (int i = 0; i < 4; i++) x[i] = factor * *(const loose_quad *)(from + i * stride);
+  UNROLLED for (int i = 0; i < 2; i++) {
+    pairs[i] = (quad){x[2 * i][0], x[2 * i + 1][0], x[2 * i][1], x[2 * i + 1][1]};
+    pairs[i + 2] = (quad){x[2 * i][2], x[2 * i + 1][2], x[2 * i][3], x[2 * i + 1][3]};
+  }
+  UNROLLED for (int i = 0; i < 2; i++) {
+    const quad left = pairs[2 * i], right = pairs[2 * i + 1];
+    *(loose_quad *)(to + 2 * i * PANEL) = (quad){left[0], left[1], right[0], right[1]};
+    *(loose_quad *)(to + (2 * i + 1) * PANEL) = (quad){left[2], left[3], right[2], right[3]};
+  }
+}
+
 /* A panel upright: `size` rows of PANEL numbers, one of each of the `rows` rows, times `factor`; zeros for the rest. */
 INLINE void pack_upright(float *to, const float *from, int64_t stride, int64_t rows, int64_t size, float factor) {
-  typedef float quad __attribute__((vector_size(16)));
-  typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));
-  const int64_t whole = rows / 4 * 4;
+  const int64_t high = rows / 4 * 4, wide = size / 4 * 4;
   if (rows < PANEL) memset(to, 0, size * PANEL * sizeof(float));
-  for (int64_t i = 0; i < size; i++) {
-    const float *at = from + i;
-    for (int64_t r = 0; r < whole; r += 4, at += 4 * stride)
-      *(loose_quad *)(to + i * PANEL + r) = factor * (quad){at[0], at[stride], at[2 * stride], at[3 * stride]};
-    for (int64_t r = whole; r < rows; r++) to[i * PANEL + r] = factor * from[r * stride + i];
-  }
+  for (int64_t r = 0; r < high; r += 4)
+    for (int64_t i = 0; i < wide; i += 4) turn(to + i * PANEL + r, from + r * stride + i, stride, factor);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = r < high ? wide : 0; i < size; i++) to[i * PANEL + r] = factor * from[r * stride + i];
 }
 
 /* A tile of keys from `start` on, of those below `end`, and how many panels pass over it. */
