@@ -5,6 +5,7 @@
  */
 #include "forward.h"
 
+#include "ask.h"
 #include "cap.h"
 #include "pack.h"
 #include "pool.h"
@@ -45,7 +46,7 @@ static void raise(vec levels[COLUMNS], const vec largest[COLUMNS], vec totals[CO
 }
 
 /* The weights of a tile of keys for a panel of queries, and their sums. What came before is to be multiplied by `kept`. */
-static void weigh(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
+static void weigh(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
   const float *queries = r->queries + panel * p->H * PANEL;
   float *tops = r->levels + panel * PANEL, *sums = r->sums + panel * PANEL;
   vec block[ROWS][COLUMNS], levels[COLUMNS], largest[COLUMNS], totals[COLUMNS];
@@ -53,8 +54,9 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
     levels[j] = load(tops + j * LANES), totals[j] = (vec){0};
     store(kept + j * LANES, fill(1));
   }
+  pace(t, keys);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
-    ask_ahead(p, t, panel, key);
+    ask_ahead(t);
     product(block, p->H, r->keys + key * p->H, p->H, 1, queries, PANEL);
     if (p->caps) cap(p, t->b, block, 0);
     if (keys.masked) hide(p, r->sights + panel, t->b, t->start + key, block);
@@ -78,7 +80,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
 }
 
 /* One tile of keys for one panel of queries. */
-static void step(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys) {
+static void step(const problem *p, const room *r, tile *t, int64_t panel, stretch keys) {
   const int64_t width = up_to(p->E, PANEL);
   float *outputs = r->outputs + panel * PANEL * width, kept[PANEL];
   weigh(p, r, t, panel, keys, kept);
@@ -94,6 +96,15 @@ static void step(const problem *p, const room *r, const tile *t, int64_t panel, 
           store(at, load(at) * kept[q + i] + block[i][j]);
         }
     }
+}
+
+/* The queries of a panel, and nothing summed yet. */
+static void prepare(const problem *p, const room *r, int64_t panel, int64_t b, int64_t k, int64_t g, int64_t t) {
+  const float *query = p->query + at_query(p, b, t, k, g, p->H);
+  const int64_t width = up_to(p->E, PANEL);
+  pack_upright(r->queries + panel * p->H * PANEL, query, p->K * p->G * p->H, least(PANEL, p->T - t), p->H, LOG2E);
+  memset(r->outputs + panel * PANEL * width, 0, PANEL * width * sizeof(float));
+  for (int64_t i = 0; i < PANEL; i++) r->levels[panel * PANEL + i] = -INFINITY, r->sums[panel * PANEL + i] = 0;
 }
 
 /* The rows of a panel: sums of weighted values over sums of weights. */
@@ -124,28 +135,35 @@ static void item(const void *context, int64_t n) {
   int64_t begin = p->S, end = 0;
 
   for (int64_t i = 0; i < panels; i++) {
-    int64_t t = from + i % columns * PANEL;
-    r.sights[i] = sight_of(p, b, k, i / columns, t);
+    r.sights[i] = sight_of(p, b, k, i / columns, from + i % columns * PANEL);
     begin = least(begin, r.sights[i].begin), end = most(end, r.sights[i].end);
-    pack_upright(r.queries + i * p->H * PANEL, p->query + at_query(p, b, t, k, i / columns, p->H), p->K * p->G * p->H,
-                 least(PANEL, p->T - t), p->H, LOG2E);
   }
-  memset(r.outputs, 0, panels * PANEL * width * sizeof(float));
-  for (int64_t i = 0; i < panels * PANEL; i++) r.levels[i] = -INFINITY, r.sums[i] = 0;
-  for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
+  const int64_t first_tile = begin / KEYS * KEYS;
+  for (int64_t start = first_tile; start < end; start += KEYS) {
     int64_t first = most(start, begin), count = least(end, start + KEYS) - first;
-    const tile here = {b, k, start, end, panels};
+    tile here = {.b = b, .start = start, .left = panels};
     int32_t range[2];
     segment_range(p, b, start, range);
     pack_tile(r.keys, p->H, beyond(p->key, at_key(p, b, first, k, p->H)), p->K * p->H, first - start, count, p->H);
     pack_tile(r.values, width, beyond(p->value, at_key(p, b, first, k, p->E)), p->K * p->E, first - start, count, p->E);
-    for (int64_t i = 0; i < panels; i++) {
-      if (start + KEYS >= end) ask_for(p, next, columns, i);
+    want_next(&here, p, k, end, next);
+    for (int64_t i = 0; i < panels; i++, here.left--) {
+      const int64_t g = i / columns, t = from + i % columns * PANEL, after = i + 1;
+      if (start == first_tile) {
+        prepare(p, &r, i, b, k, g, t);
+        if (after < panels) want_queries(&here.soon, p, b, k, after / columns, from + after % columns * PANEL);
+      }
       stretch keys = stretch_of(p, r.sights + i, start, range);
+      if (ends_in(r.sights + i, start)) want_panel(&here.soon, p, p->output, p->E, b, k, g, t, 1);
       if (keys.begin < keys.end) step(p, &r, &here, i, keys);
+      if (ends_in(r.sights + i, start)) finish(p, &r, i, b, k, g, t);
     }
   }
-  for (int64_t i = 0; i < panels; i++) finish(p, &r, i, b, k, i / columns, from + i % columns * PANEL);
+  for (int64_t i = 0; i < panels; i++) { /* those that see no key */
+    if (r.sights[i].end > 0) continue;
+    prepare(p, &r, i, b, k, i / columns, from + i % columns * PANEL);
+    finish(p, &r, i, b, k, i / columns, from + i % columns * PANEL);
+  }
 }
 
 void forward(const problem *given, const threads *pool) {

@@ -63,6 +63,9 @@ INLINE stretch stretch_of(const problem *p, const sight *s, int64_t start, const
   return (stretch){(int)begin, (int)up_to(end, ROWS), masked};
 }
 
+/* Whether the last key that a panel sees lies in the tile from `start` on. */
+INLINE int ends_in(const sight *s, int64_t start) { return start < s->end && s->end <= start + KEYS; }
+
 /* What of a stretch as many queries see as a block has rows, from `row` on of a panel, but for segments. */
 INLINE span keys_of_rows(const sight *s, int row, int64_t start, stretch keys) {
   if (!keys.masked) return (span){keys.begin, keys.end};
