@@ -82,26 +82,38 @@ typedef struct {
   vec f, slope;
 } powers;
 
-/* POWER are the coefficients of a polynomial for 2^f on |f| <= 1/2, of which the first is 1; build.py computes them and
- * bounds its remainder by 0.1 u. y <= 0 counts as -127 below that. */
-INLINE powers powers_of(vec y) {
+/* (2^f - 1) / f for |f| <= 1/2. POWER are the coefficients of a polynomial for 2^f, of which the first is 1; build.py
+ * computes them and bounds its remainder by 0.1 u. */
+INLINE vec slope_at(vec f) {
   static const float coefficients[] = {POWER};
   const int degree = sizeof coefficients / sizeof *coefficients - 1;
+  vec slope = fill(coefficients[degree]);
+  UNROLLED for (int i = degree - 1; i > 0; i--) slope = slope * f + coefficients[i];
+  return slope;
+}
+
+/* y <= 0 counts as -127 below that. */
+INLINE powers powers_of(vec y) {
   const vec rounds = fill(12582912.0f);
   y = larger(fill(-127.0f), y);
-  vec n = (y + rounds) - rounds, f = y - n, slope = fill(coefficients[degree]);
-  UNROLLED for (int i = degree - 1; i > 0; i--) slope = slope * f + coefficients[i];
-  return (powers){__builtin_convertvector(n, ivec), f, slope};
+  vec n = (y + rounds) - rounds, f = y - n;
+  return (powers){__builtin_convertvector(n, ivec), f, slope_at(f)};
 }
 
 /* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
  *
- * Horner's scheme adds 2 u, as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact down
- * to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126.
+ * Horner's scheme adds 2 u, as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact
+ * down to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126. Instructions for f and for the
+ * scaling, where there are any, give the same down to there; they make f = 0 and 2^y = 0 of y = -inf.
  */
 INLINE vec power(vec y) {
+#if defined(__AVX512DQ__)
+  const vec f = (vec)_mm512_reduce_ps((__m512)y, 0);
+  return (vec)_mm512_scalef_ps((__m512)(slope_at(f) * f + 1), (__m512)(y - f));
+#else
   const powers p = powers_of(y);
   return (vec)((ivec)(p.slope * p.f + 1) + (p.n << 23));
+#endif
 }
 
 #endif
