@@ -2,6 +2,7 @@
 #ifndef BLOCKS_H
 #define BLOCKS_H
 
+#include "ask.h"
 #include "pack.h"
 #include "pool.h"
 #include "sight.h"
@@ -39,42 +40,59 @@ INLINE void finish(const problem *p, const sofar *f, int64_t panel, int64_t b, i
 /* What a kernel does with the queries of a panel, with keys [first, first + count) of a tile, and with both. */
 typedef struct {
   void (*queries)(const problem *p, const void *room, place at, int64_t g, int64_t panel);
-  void (*keys)(const problem *p, const void *room, const tile *t, int64_t first, int64_t count);
-  void (*step)(const problem *p, const void *room, const tile *t, int64_t panel, stretch keys);
+  void (*keys)(const problem *p, const void *room, place at, int64_t start, int64_t first, int64_t count);
+  void (*step)(const problem *p, const void *room, tile *t, int64_t panel, stretch keys);
 } passing;
 
+/* The queries of a panel, and nothing summed yet. */
+INLINE void prepare(const problem *p, const sofar *f, const void *room, passing way, place at, int64_t g, int64_t panel) {
+  const int64_t size = PANEL * up_to(p->E, PANEL);
+  way.queries(p, room, at, g, panel);
+  memset(f->outputs + panel * size, 0, size * sizeof(float));
+  for (int64_t i = 0; i < PANEL; i++) f->levels[panel * PANEL + i] = -INFINITY, f->sums[panel * PANEL + i] = 0;
+}
+
 INLINE void pass(const problem *p, place at, place next, const sofar *f, const void *room, passing way) {
-  const int64_t size = block_of(p, BLOCK), b = at.b, k = at.k, from = at.from;
-  const int64_t columns = (least(size, p->T - from) + PANEL - 1) / PANEL, panels = p->G * columns;
+  const int64_t b = at.b, k = at.k;
+  const int64_t columns = (least(block_of(p, BLOCK), p->T - at.from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
   for (int64_t i = 0; i < panels; i++) {
-    const place rows = {b, k, from + i % columns * PANEL};
-    f->sights[i] = sight_of(p, b, k, i / columns, rows.from);
+    f->sights[i] = sight_of(p, b, k, i / columns, at.from + i % columns * PANEL);
     begin = least(begin, f->sights[i].begin), end = most(end, f->sights[i].end);
-    way.queries(p, room, rows, i / columns, i);
   }
-  memset(f->outputs, 0, panels * PANEL * up_to(p->E, PANEL) * sizeof(float));
-  for (int64_t i = 0; i < panels * PANEL; i++) f->levels[i] = -INFINITY, f->sums[i] = 0;
   for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
     const int64_t first = most(start, begin), count = least(end, start + KEYS) - first;
-    const tile here = {b, k, start, end, panels};
+    tile here = {.b = b, .start = start, .left = panels};
     int32_t range[2];
     int packed = 0;
     segment_range(p, b, start, range);
-    for (int64_t i = 0; i < panels; i++) {
-      if (start + KEYS >= end) ask_for(p, next, columns, i);
+    want_next(&here, p, k, end, next);
+    for (int64_t i = 0; i < panels; i++, here.left--) {
+      const int64_t g = i / columns, t = at.from + i % columns * PANEL, after = i + 1;
+      const int ends = ends_in(f->sights + i, start);
+      if (first == begin) {
+        prepare(p, f, room, way, (place){b, k, t}, g, i);
+        if (after < panels) want_queries(&here.soon, p, b, k, after / columns, at.from + after % columns * PANEL);
+      }
+      if (ends) want_panel(&here.soon, p, p->output, p->E, b, k, g, t, 1);
       stretch keys = stretch_of(p, f->sights + i, start, range);
       while (keys.begin < keys.end) {
         const stretch run = run_of(p, f->sights + i, b, start, keys);
         keys.begin = run.end;
         if (run.begin == run.end) continue;
-        if (!packed) way.keys(p, room, &here, first, count);
+        if (!packed) way.keys(p, room, at, start, first, count);
         packed = 1;
         way.step(p, room, &here, i, run);
       }
+      if (ends) finish(p, f, i, b, k, g, t);
     }
   }
-  for (int64_t i = 0; i < panels; i++) finish(p, f, i, b, k, i / columns, from + i % columns * PANEL);
+  for (int64_t i = 0; i < panels; i++) { /* those that see no key */
+    if (f->sights[i].end > 0) continue;
+    const place rows = {b, k, at.from + i % columns * PANEL};
+    prepare(p, f, room, way, rows, i / columns, i);
+    finish(p, f, i, b, k, i / columns, rows.from);
+  }
 }
 
 #endif

@@ -10,7 +10,7 @@
  * difference, however near 0 y is. docs/bounds.md counts them. */
 INLINE vec power_less_1(vec y) {
   const powers p = powers_of(y);
-  vec scale = (vec)((exponent_of(p) + 127) << 23); /* 2^n, and 0 for n = -127 */
+  vec scale = (vec)((p.n + 127) << 23); /* 2^n, and 0 for n = -127 */
   return scale * (p.slope * p.f) + (scale - 1);
 }
 

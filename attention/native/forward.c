@@ -40,7 +40,7 @@ static void raise(vec levels[COLUMNS], const vec largest[COLUMNS], vec totals[CO
 }
 
 /* The weights of a tile of keys for a panel of queries, and their sums. What came before is to be multiplied by `kept`. */
-static void weigh(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
+static void weigh(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
   const float *queries = r->queries + panel * p->H * PANEL;
   float *tops = r->found.levels + panel * PANEL, *sums = r->found.sums + panel * PANEL;
   vec block[ROWS][COLUMNS], levels[COLUMNS], largest[COLUMNS], totals[COLUMNS];
@@ -48,8 +48,9 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
     levels[j] = load(tops + j * LANES), totals[j] = (vec){0};
     store(kept + j * LANES, fill(1));
   }
+  pace(t, keys);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
-    ask_ahead(p, t, panel, key);
+    ask_ahead(t);
     product(block, p->H, r->keys + key * p->H, p->H, 1, queries, PANEL);
     if (p->caps) cap(p, t->b, block, 0);
     if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
@@ -73,7 +74,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
 }
 
 /* One tile of keys for one panel of queries. */
-static void step(const problem *p, const void *context, const tile *t, int64_t panel, stretch keys) {
+static void step(const problem *p, const void *context, tile *t, int64_t panel, stretch keys) {
   const room *r = context;
   const int64_t width = up_to(p->E, PANEL);
   float *outputs = r->found.outputs + panel * PANEL * width, kept[PANEL];
@@ -98,11 +99,11 @@ static void pack_queries(const problem *p, const void *context, place at, int64_
                p->K * p->G * p->H, least(PANEL, p->T - at.from), p->H, LOG2E);
 }
 
-static void pack_keys(const problem *p, const void *context, const tile *t, int64_t first, int64_t count) {
+static void pack_keys(const problem *p, const void *context, place at, int64_t start, int64_t first, int64_t count) {
   const room *r = context;
-  const int64_t width = up_to(p->E, PANEL), before = first - t->start;
-  pack_tile(r->keys, p->H, beyond(p->key, at_key(p, t->b, first, t->k, p->H)), p->K * p->H, before, count, p->H);
-  pack_tile(r->values, width, beyond(p->value, at_key(p, t->b, first, t->k, p->E)), p->K * p->E, before, count, p->E);
+  const int64_t width = up_to(p->E, PANEL), before = first - start;
+  pack_tile(r->keys, p->H, beyond(p->key, at_key(p, at.b, first, at.k, p->H)), p->K * p->H, before, count, p->H);
+  pack_tile(r->values, width, beyond(p->value, at_key(p, at.b, first, at.k, p->E)), p->K * p->E, before, count, p->E);
 }
 
 static void item(const void *context, int64_t n) {

@@ -65,7 +65,7 @@ static void raise(vec levels[COLUMNS], const vec largest[COLUMNS], vec totals[CO
   }
 }
 
-static void weigh(const problem *p, const room *r, const tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
+static void weigh(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
   const int depth = pairs(p->H);
   const ivec ones = (ivec){0} + 0x3F803F80; /* of bfloat16 */
   const int32_t *queries = r->queries + panel * depth * PANEL;
@@ -76,6 +76,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
     scales[j] = load(r->query_scales + panel * PANEL + j * LANES);
     store(kept + j * LANES, fill(1));
   }
+  pace(t, keys);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     ivec whole[ROWS][COLUMNS];
     vec block[ROWS][COLUMNS], largest[COLUMNS];
@@ -83,7 +84,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++)
         block[i][j] = __builtin_convertvector(whole[i][j], vec) * r->key_scales[key + i];
-    ask_ahead(p, t, panel, key);
+    ask_ahead(t);
     if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
     UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = block[0][j];
     UNROLLED for (int i = 1; i < ROWS; i++)
@@ -106,7 +107,7 @@ static void weigh(const problem *p, const room *r, const tile *t, int64_t panel,
   }
 }
 
-static void step(const problem *p, const void *context, const tile *t, int64_t panel, stretch keys) {
+static void step(const problem *p, const void *context, tile *t, int64_t panel, stretch keys) {
   const room *r = context;
   const int64_t width = up_to(p->E, PANEL);
   float *outputs = r->found.outputs + panel * PANEL * width, kept[PANEL];
@@ -149,12 +150,12 @@ INLINE void pack_pair(int32_t *to, int64_t width, const uint16_t *lower, const u
   memset(to + size, 0, (width - size) * sizeof(int32_t));
 }
 
-static void pack_keys(const problem *p, const void *context, const tile *t, int64_t first, int64_t count) {
+static void pack_keys(const problem *p, const void *context, place at, int64_t start, int64_t first, int64_t count) {
   const room *r = context;
-  const int64_t width = up_to(p->E, PANEL), depth = pairs(p->H), begin = first - t->start, end = begin + count;
+  const int64_t width = up_to(p->E, PANEL), depth = pairs(p->H), begin = first - start, end = begin + count;
   const uint16_t *values[2];
   for (int64_t i = 0; i < KEYS; i++) {
-    const int64_t n = at_key(p, t->b, t->start + i, t->k, 1), here = begin <= i && i < end;
+    const int64_t n = at_key(p, at.b, start + i, at.k, 1), here = begin <= i && i < end;
     r->key_scales[i] = here ? p->key_scale[n] : 0;
     r->keys[(i + 1) * depth - 1] = 0;
     if (here)

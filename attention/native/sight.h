@@ -88,6 +88,9 @@ INLINE stretch run_of(const problem *p, const sight *s, int64_t b, int64_t start
   return (stretch){found.any ? keys.begin : end, end, keys.masked || !found.all};
 }
 
+/* Whether the last key that a panel sees lies in the tile from `start` on. */
+INLINE int ends_in(const sight *s, int64_t start) { return start < s->end && s->end <= start + KEYS; }
+
 /* What of a stretch as many queries see as a block has rows, from `row` on of a panel, but for segments. */
 INLINE span keys_of_rows(const sight *s, int row, int64_t start, stretch keys) {
   if (!keys.masked) return (span){keys.begin, keys.end};

@@ -76,43 +76,48 @@ INLINE float sum(vec x) {
 #endif
 }
 
-#define ROUNDS 12582912.0f /* 1.5 2^23: a sum with it has the nearest integer in its last bits */
+/* (2^f - 1) / f for |f| <= 1/2, by the coefficients of a polynomial for 2^f, of which the first is 1. */
+INLINE vec slope_by(vec f, const float *coefficients, int degree) {
+  vec slope = fill(coefficients[degree]);
+  UNROLLED for (int i = degree - 1; i > 0; i--) slope = slope * f + coefficients[i];
+  return slope;
+}
 
-/* 2^y = 2^n 2^f with n the nearest integer, sum = n + ROUNDS, and 2^f near (the first coefficient) + f slope. */
+/* 2^y = 2^n 2^f with n the nearest integer, to which a sum with 1.5 2^23 rounds, and 2^f near 1 + f slope. */
 typedef struct {
-  vec sum, f, slope;
+  ivec n;
+  vec f, slope;
 } powers;
 
-/* By the coefficients of a polynomial for 2^f on |f| <= 1/2. y <= 0 counts as -127 below that. */
+/* y <= 0 counts as -127 below that. */
 INLINE powers powers_by(vec y, const float *coefficients, int degree) {
+  const vec rounds = fill(12582912.0f);
   y = larger(fill(-127.0f), y);
-  vec sum = y + ROUNDS, f = y - (sum - ROUNDS), slope = fill(coefficients[degree]);
-  UNROLLED for (int i = degree - 1; i > 0; i--) slope = slope * f + coefficients[i];
-  return (powers){sum, f, slope};
-}
-INLINE ivec exponent_of(powers p) { return __builtin_convertvector(p.sum - ROUNDS, ivec); }
-
-/* By POWER, whose first coefficient is 1; build.py computes it and bounds its remainder by 0.1 u. */
-INLINE powers powers_of(vec y) {
-  static const float coefficients[] = {POWER};
-  return powers_by(y, coefficients, (int)(sizeof coefficients / sizeof *coefficients) - 1);
+  vec n = (y + rounds) - rounds, f = y - n;
+  return (powers){__builtin_convertvector(n, ivec), f, slope_by(f, coefficients, degree)};
 }
 
 /* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
  *
- * Horner's scheme adds 2 u, as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact down
- * to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126.
+ * Horner's scheme adds 2 u, as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact
+ * down to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126. Instructions for f and for the
+ * scaling, where there are any, give the same down to there; they make f = 0 and 2^y = 0 of y = -inf.
  */
-INLINE vec power(vec y) {
-  const powers p = powers_of(y);
-  return (vec)((ivec)(p.slope * p.f + 1) + (exponent_of(p) << 23));
+INLINE vec power_by(vec y, const float *coefficients, int degree) {
+#if defined(__AVX512DQ__)
+  const vec f = (vec)_mm512_reduce_ps((__m512)y, 0);
+  return (vec)_mm512_scalef_ps((__m512)(slope_by(f, coefficients, degree) * f + 1), (__m512)(y - f));
+#else
+  const powers p = powers_by(y, coefficients, degree);
+  return (vec)((ivec)(p.slope * p.f + 1) + (p.n << 23));
+#endif
 }
 
-/* The same for what will be rounded to 16 bits: by SHORT_POWER, and with n from the bits of the sum, those of a number. */
-INLINE vec short_power(vec y) {
-  static const float coefficients[] = {SHORT_POWER};
-  const powers p = powers_by(y, coefficients, (int)(sizeof coefficients / sizeof *coefficients) - 1);
-  return (vec)((ivec)(p.slope * p.f + 1) + ((ivec)p.sum << 23));
-}
+/* Coefficients, of which build.py bounds the remainders: POWER's by 0.1 u, SHORT_POWER's for what will have 16 bits. */
+static const float long_power[] = {POWER}, brief_power[] = {SHORT_POWER};
+#define DEGREE_OF(coefficients) ((int)(sizeof coefficients / sizeof *coefficients) - 1)
+INLINE powers powers_of(vec y) { return powers_by(y, long_power, DEGREE_OF(long_power)); }
+INLINE vec power(vec y) { return power_by(y, long_power, DEGREE_OF(long_power)); }
+INLINE vec short_power(vec y) { return power_by(y, brief_power, DEGREE_OF(brief_power)); }
 
 #endif
