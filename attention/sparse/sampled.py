@@ -34,6 +34,12 @@ class Sampled(Paged):
     depends on `params`, on the number of the tile and on how many keys are left, so that no later token changes it and
     decoding draws as the whole does. Gradients flow through what was read, by its weight.
 
+    It takes no segments, since a packed segment has to be what it is alone. Tiles, pages and samples would count from
+    each segment's first token, among tokens sorted by segment, for an id may stand in several runs. How many tiles that
+    makes no shape says, so that each row would gather keys of its own, `query_block` times as many; and the sums and
+    maxima along the keys, on which certificates rest, would begin anew with each segment. The other sparse methods take
+    them.
+
     Attributes:
         samples: m.
         window: keys before a tile that it keeps.
