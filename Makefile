@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: quickstart test campaign lint docs notebooks lock clean
+.PHONY: quickstart test campaign soundness lint docs notebooks lock clean
 
 quickstart: $(READY)  ## train the quickstart sweep and write its report
 	$(BIN)/python -m experiments.sweep quickstart
@@ -13,6 +13,10 @@ test: $(READY)  ## the test suite, on two processes
 
 campaign: $(READY)  ## the tests and their long forms, on programs as XLA makes them for users
 	XLA_FLAGS= $(BIN)/python -m pytest -n 2 -m "campaign or not campaign"
+
+soundness: $(READY)  ## how near errors come to their bounds in the campaign's cases, as a file and a figure
+	XLA_FLAGS= $(BIN)/python -m pytest -n 2 -m campaign tests/experiments/test_certificates.py tests/test_rounding.py \
+	  --soundness docs/results/soundness
 
 lint: $(READY)  ## style, format and types
 	$(BIN)/ruff check .

@@ -30,6 +30,8 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+RATIOS = "error / bound"
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("repeatable")
 
@@ -55,16 +57,34 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def pytest_terminal_summary(terminalreporter):
-    """The worst and the median of all ratios that tests recorded as `error / bound`, by what they are of."""
+def pytest_addoption(parser):
+    parser.addoption("--soundness", help="a folder: what `record_ratios` took down is written there")
+
+
+@pytest.fixture
+def record_ratios(record_property):
+    """Takes down the error over its bound of each case, by quantity, and what they are of."""
+
+    def record(ratios: dict[str, list[float]], **of):
+        record_property(RATIOS, [{**of, "quantity": name, "ratios": some} for name, some in ratios.items()])
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The worst and the median of all ratios that tests took down, by method, dtype and quantity."""
+    reports = [x for x in itertools.chain(*terminalreporter.stats.values()) if getattr(x, "when", "") == "call"]
+    rows = [row for report in reports for name, some in report.user_properties if name == RATIOS for row in some]
+    if not rows:
+        return
     found: dict[str, list[float]] = {}
-    for report in itertools.chain(*terminalreporter.stats.values()):
-        for name, ratios in getattr(report, "user_properties", ()):
-            if name == "error / bound" and report.when == "call":
-                for quantity in ratios:
-                    found.setdefault(quantity, []).extend(ratios[quantity])
-    if found:
-        terminalreporter.section("error / bound")
-        for quantity, ratios in sorted(found.items()):
-            worst, median = max(ratios), statistics.median(ratios)
-            terminalreporter.line(f"{quantity:18} {len(ratios):6} cases, worst {worst:.3f}, median {median:.4f}")
+    for row in rows:
+        found.setdefault(f"{row['method']}, {row['dtype']}, {row['quantity']}", []).extend(row["ratios"])
+    terminalreporter.section(RATIOS)
+    for what, ratios in sorted(found.items()):
+        worst, median = max(ratios), statistics.median(ratios)
+        terminalreporter.line(f"{what:48} {len(ratios):6} cases, worst {worst:.3f}, median {median:.4f}")
+    if config.getoption("--soundness"):
+        from experiments import soundness
+
+        soundness.write(Path(config.getoption("--soundness")), rows)

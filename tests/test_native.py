@@ -238,8 +238,16 @@ def test_other_derivatives_are_refused():
     def attend(x):
         return attention.dot_product_attention(x, query, query, method=NATIVE).sum()
 
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(attend, (query,), (query,))
+    def pushed(x):
+        return jax.jvp(attend, (x,), (x,))
+
+    def scanned(x):
+        return jax.lax.scan(lambda x, _: (attend(x) * x, None), x, length=2)[0]
+
+    mapped = lambda x: jax.vmap(pushed)(x[None])  # noqa: E731
+    for refused in (pushed, jax.jit(pushed), mapped, jax.hessian(attend), jax.jacfwd(scanned)):
+        with pytest.raises(attention.UnsupportedError, match=r"forward mode.*Chunked\(\)"):
+            refused(query)
     with pytest.raises(attention.UnsupportedError, match=r"second order.*Chunked\(\)"):
         jax.grad(lambda x: jax.grad(attend)(x).sum())(query)
 

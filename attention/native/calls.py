@@ -10,6 +10,7 @@ from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.method import UnsupportedError
 from attention.native.build import ITEMS
+from attention.native.reverse import reverse_only
 
 WIDTH = 32  # numbers, of which the rows of a backward pass's partial sums are at least a multiple
 PARTS = 8  # the most partial sums that a head has
@@ -44,7 +45,8 @@ def attend_with_residual(inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Flo
     B, K, G, T, H = inputs.query.shape
     query = jnp.moveaxis(inputs.query, 3, 1).reshape(B, T, K * G, H)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (inputs.key, inputs.value))
-    output, residual = _attention(query, key, value, caps_of(inputs.soft_cap, query), sight_of(inputs.mask, B))
+    operands = map(reverse_only, (query, key, value, caps_of(inputs.soft_cap, query)))
+    output, residual = _attention(*operands, sight_of(inputs.mask, B))
     return jnp.moveaxis(output.reshape(B, T, K, G, -1), 1, 3), residual.reshape(B, K, G, T)
 
 

@@ -34,6 +34,12 @@ class Sampled(Paged):
     depends on `params`, on the number of the tile and on how many keys are left, so that no later token changes it and
     decoding draws as the whole does. Gradients flow through what was read, by its weight.
 
+    It takes no segments, since a packed segment has to be what it is alone. Tiles, pages and samples would count from
+    each segment's first token, among tokens sorted by segment, for an id may stand in several runs. How many tiles that
+    makes no shape says, so that each row would gather keys of its own, `query_block` times as many; and the sums and
+    maxima along the keys, on which certificates rest, would begin anew with each segment. The other sparse methods take
+    them.
+
     Attributes:
         samples: m.
         window: keys before a tile that it keeps.
@@ -88,6 +94,9 @@ class Sampled(Paged):
             raise ValueError(f"Sampled.samples is {self.samples}: expected at least 2, which have a variance")
         if not (isinstance(self.delta, float) and 0 < self.delta < 1):
             raise ValueError(f"Sampled.delta is {self.delta!r}: expected a number between 0 and 1")
+        if self.heavy:  # which the query heads of a key head choose together
+            own = dataclasses.replace(type(self).capabilities, head_independent=False)
+            object.__setattr__(self, "capabilities", own)
 
     @classmethod
     def examples(cls) -> "tuple[Sampled, ...]":

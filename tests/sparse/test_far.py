@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import Certified, certified_attention, dot_product_attention
+from attention import Certified, certified_attention
 from attention.inputs import prepare
 from attention.sparse import far
 from attention.testing.cases import draw, families
@@ -37,7 +37,7 @@ def measured(seed: int, dtype: str, method=METHOD):
     return error, np.asarray(certificate.error_bound, np.float64), np.asarray(certificate.dropped_mass)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.campaign)])
 def test_error_is_within_its_bound(dtype):
     """Problems of 176 queries and 4 heads: heads of either kind, and rows of either in one head."""
     masses, ratios = [], []
@@ -61,20 +61,18 @@ def test_the_derivative_is_that_of_the_output():
     weights = rng.standard_normal(case.query.shape)
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def evaluated(case, temperature):
-        def loss(case):
-            return (weights * dot_product_attention(*case, method=METHOD, temperature=temperature)).sum()
-
         output, certificate = certified_attention(*case, method=METHOD, temperature=temperature)
-        return (weights * output).sum(), jax.grad(loss)(case), certificate.dropped_mass
+        return (weights * output).sum(), certificate.dropped_mass
 
     with jax.enable_x64(True):
         for temperature in (2.3, 6.0):  # polynomials of degree 2 and 1
-            _, gradient, mass = evaluated(case, temperature)
+            (_, mass), gradient = evaluated(case, temperature)
             shares = np.asarray(mass).mean(1)
             assert np.any((shares > 0.5) & (shares < 1)) == (temperature < 6)  # rows of both kinds in one head
             some = lambda h: type(case)(*(x + h * d for x, d in zip(case, direction, strict=True)))  # noqa: E731
-            apart = [evaluated(some(h), temperature)[0] for h in (1e-5, -1e-5)]
+            apart = [evaluated(some(h), temperature)[0][0] for h in (1e-5, -1e-5)]
             found = sum(np.vdot(g, d) for g, d in zip(gradient, direction, strict=True))
             np.testing.assert_allclose(found, (apart[0] - apart[1]) / 2e-5, rtol=1e-6)
 

@@ -5,12 +5,14 @@ import functools
 import jax
 import numpy as np
 import pytest
+from ratios import over
 
 from attention import Certified, certified_attention
 from attention.sparse import by_pages, kernel
 from attention.testing.oracle import oracle
 
 T, N, H, RUN, PAGE = 192, 4, 8, 8, 8
+OF = {"method": "Certified", "dtype": "float32", "kind": "deterministic"}
 METHOD = Certified(tolerance=0.02, page=PAGE, query_chunk=64)
 
 
@@ -43,11 +45,17 @@ def attended(case, method):
     return certified_attention(*case, method=method, is_causal=True)
 
 
-def test_late_rows_are_within_their_bounds_and_tiles_read_less(monkeypatch):
-    case = problem(0)
-    output, certificate = attended(case, METHOD)
-    expected, _ = oracle(*case, is_causal=True)
-    assert np.all(np.linalg.norm(np.asarray(output, np.float64) - expected, axis=-1) <= certificate.error_bound)
+def test_late_rows_are_within_their_bounds_and_tiles_read_less(monkeypatch, record_ratios):
+    """24 cases."""
+    worst = []
+    for seed in range(24):
+        case = problem(seed)
+        output, certificate = attended(case, METHOD)
+        expected, _ = oracle(*case, is_causal=True)
+        error = np.linalg.norm(np.asarray(output, np.float64) - expected, axis=-1)
+        worst.append(float(over(error, np.asarray(certificate.error_bound, np.float64)).max()))
+    record_ratios({"output": worst}, **OF, causal=True, problems="late rows")
+    assert max(worst) <= 1, f"seed {np.argmax(worst)}: the error is {max(worst):.3g} of its bound"
     monkeypatch.setattr(by_pages, "MANY", T)
     together = Certified(tolerance=0.0201, page=PAGE, query_chunk=64)  # a program of its own
     apart, other = attended(case, together)
