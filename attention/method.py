@@ -39,7 +39,8 @@ class Capabilities:
         certificate: the kind of bound that comes with the output.
         exact: equals softmax attention up to rounding, in every configuration.
         random: draws constants, so `params` or `rng` is needed.
-        head_independent: a head's output depends on that head's operands alone.
+        head_independent: a head's output depends on the operands of its key head and its query heads alone.
+        group_independent: and not on the other query heads of its key head: these are as if each had a copy of it.
         sees_all: every visible key contributes, so that an infinite temperature gives the mean over them.
         rounding: the floating-point error of the method against itself in exact arithmetic is at most this
             multiple of `attention.rounding.rounding_bound`, at norms of order one.
@@ -60,6 +61,7 @@ class Capabilities:
     exact: bool = False
     random: bool = False
     head_independent: bool = True
+    group_independent: bool = True
     sees_all: bool = True
     rounding: float = 1.0
     coarse: bool = False

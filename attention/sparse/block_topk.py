@@ -86,7 +86,7 @@ class BlockTopK(Paged):
         if not isinstance(self.shared, bool):
             raise ValueError(f"BlockTopK.shared is {self.shared!r}: expected True or False")
         if self.shared:
-            own = dataclasses.replace(type(self).capabilities, head_independent=False)
+            own = dataclasses.replace(type(self).capabilities, group_independent=False)
             object.__setattr__(self, "capabilities", own)
 
     @classmethod

@@ -95,7 +95,7 @@ class Sampled(Paged):
         if not (isinstance(self.delta, float) and 0 < self.delta < 1):
             raise ValueError(f"Sampled.delta is {self.delta!r}: expected a number between 0 and 1")
         if self.heavy:  # which the query heads of a key head choose together
-            own = dataclasses.replace(type(self).capabilities, head_independent=False)
+            own = dataclasses.replace(type(self).capabilities, group_independent=False)
             object.__setattr__(self, "capabilities", own)
 
     @classmethod

@@ -118,7 +118,7 @@ def a_second_eager_call_does_not_recompile(method: Method) -> None:
     expect(not count, f"a second call, with other values, compiled {len(count)} programs")
 
 
-@law(float64=True)
+@law("group_independent", float64=True)
 def grouped_heads_equal_repeated_heads(method: Method) -> None:
     case = draw(8)
     repeated = Case(case.query, *(np.repeat(x, 2, axis=2) for x in (case.key, case.value)))

@@ -28,7 +28,8 @@ def test_what_is_read_is_the_work_of_the_path_that_ran(temperature, causal):
     _, certificate = call(*operands, temperature=temperature)
     assert float(found.read) == float(certificate.work)
     np.testing.assert_array_equal(found.fires, np.asarray(certificate.dropped_mass)[0, :, 0] > 0)
-    np.testing.assert_array_equal(found.bound, np.asarray(certificate.error_bound)[0, :, 0])
+    # Two programs, whose roundings may differ by a few in the sum of three terms that a bound is.
+    np.testing.assert_allclose(found.bound, np.asarray(certificate.error_bound)[0, :, 0], rtol=2.0**-21)
     assert np.all(found.error <= found.bound)
     if temperature == 16 and not causal:
         assert float(found.read) == 0
