@@ -6,14 +6,15 @@
 
 #define TOKENS 4 /* that are read together; KEYS is a multiple of it */
 
-/* to[n] = x . (row n of y) for TOKENS rows, `stride` apart; memory is asked for what lies `ahead` of them. */
+/* to[n] = x . (row n of y) for TOKENS rows, `stride` apart; memory is asked for what lies `ahead` of them, for the
+ * second-level cache, which can wait for more lines at once than the first. */
 INLINE void dots(float *to, const float *x, operand y, int64_t stride, int64_t size, int64_t ahead) {
   vec total[TOKENS] = {{0}};
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) {
     vec here = load(x + i);
     for (int n = 0; n < TOKENS; n++) {
-      __builtin_prefetch(beyond(y, ahead + n * stride + i).data);
+      __builtin_prefetch(beyond(y, ahead + n * stride + i).data, 0, 2);
       total[n] += here * load_as_float32(y, n * stride + i);
     }
   }
@@ -30,7 +31,7 @@ INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride,
   for (; i + LANES <= size; i += LANES) {
     vec total = load(to + i);
     for (int n = 0; n < TOKENS; n++) {
-      __builtin_prefetch(beyond(x, ahead + n * stride + i).data);
+      __builtin_prefetch(beyond(x, ahead + n * stride + i).data, 0, 2);
       total += factors[n] * load_as_float32(x, n * stride + i);
     }
     store(to + i, total);
