@@ -104,7 +104,8 @@ def methods_parsed(value):
 
 def differences(made: dict, today: dict) -> list[str]:
     """What a study's results were measured with, and is not what the study asks for today."""
-    parts = {name: today.get(name, {}) for name in ("axes", "measures")}
+    # Results of before measures were recorded are held to what they have.
+    parts = {name: today.get(name, {}) for name in ("axes", "measures") if name == "axes" or name in made}
     parts["config"] = known(today.get("config", {}), made.get("config", {}))
     return [name for name, part in parts.items() if methods_parsed(made.get(name, {})) != methods_parsed(part)]
 
