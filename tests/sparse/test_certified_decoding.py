@@ -146,3 +146,27 @@ def test_a_full_state_says_so():
     state = SummarisedCache.empty(2, 2, 8, 12, C, "ball", jnp.float32)  # two pages, 16 tokens
     with pytest.raises(ValueError, match="cache holds 0 tokens of max_length 16: 17 more do not fit"):
         state.append(jnp.zeros((2, 2, 17, 8)), jnp.zeros((2, 2, 17, 8)), "ball")
+
+
+def test_a_step_has_the_derivative_of_what_it_computes():
+    """In both modes, by the query, where some pages are read and others are means: by differences in float64."""
+    rng = np.random.default_rng(3)
+    side = np.repeat([2.0, -2.0], 24)[None, :, None, None] * np.ones((1, 1, 2, 8))
+    key, value = side + 0.3 * rng.standard_normal(side.shape), rng.standard_normal(side.shape)
+    with jax.enable_x64(True):
+        method = Certified(tolerance=0.2, page=C)
+        state = method.init_state(1, 2, 8, 56, jnp.float64)
+        state = state.append(*(jnp.asarray(np.moveaxis(x, 2, 1)) for x in (key, value)), bound="ball")
+        query, tangent, cotangent = (jnp.asarray(rng.standard_normal((1, 1, 2, 8))) for _ in range(3))
+
+        @jax.jit
+        def output(query):
+            return method.extend(state, query, *(jnp.asarray(x[:, -1:]) for x in (key, value)))[1]
+
+        _, along = jax.jvp(output, (query,), (tangent,))
+        _, pull = jax.vjp(output, query)
+        step = 1e-5
+        by_difference = (output(query + step * tangent) - output(query - step * tangent)) / (2 * step)
+        # The third derivative is of order one, and so is its step squared times it; rounding is 1e-16 / step.
+        np.testing.assert_allclose(along, by_difference, rtol=0, atol=1e-8)
+        np.testing.assert_allclose((pull(cotangent)[0] * tangent).sum(), (along * cotangent).sum(), rtol=1e-12)
