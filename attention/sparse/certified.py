@@ -53,7 +53,7 @@ class Certified(Method):
     Gradients flow through what is read and through the means and moments; which these are is piecewise constant.
 
     In decoding, the state keeps the moments of whole pages, made as a page fills, and the largest norms. A step of one
-    token plans from these and copies the pages that it reads, and no others; it has derivatives in forward mode alone.
+    token plans from these and reads the pages that it asks for, and no others.
     Several tokens take the moments that are kept and pass over all keys once for the largest norms.
 
     Attributes:
