@@ -19,13 +19,21 @@ import numpy as np
 
 KEYS = 128  # of a tile: with a panel of queries their weights fill half of a first-level cache
 QUERIES = 256  # of a block, whose state stays in a second-level cache while all tiles of keys pass by
+PARTS = 4  # of a list of pages
 ITEMS = 16  # that threads should have to share
 DEGREE, SHORT_DEGREE = 6, 4  # of the polynomial for 2^f, and of that for weights of 16 bits; even, so that 2^0 = 1
 
 SOURCES = Path(__file__).parent
 TARGETS = tuple(f"attention_lab_{name}" for name in ("forward", "decode", "backward", "read", "halved", "paged"))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-sanitize=undefined", "-shared", "-fPIC")
-FLAGS += ("-pthread", "-fvisibility=hidden", f"-DKEYS={KEYS}", f"-DQUERIES={QUERIES}", f"-DITEMS={ITEMS}")
+FLAGS += (
+    "-pthread",
+    "-fvisibility=hidden",
+    f"-DKEYS={KEYS}",
+    f"-DQUERIES={QUERIES}",
+    f"-DITEMS={ITEMS}",
+    f"-DPARTS={PARTS}",
+)
 WHAT_TO_DO = "put gcc or clang on PATH, name a compiler in CC, or pip install attention-lab[native]"
 
 

@@ -26,7 +26,6 @@ static float weigh(const problem *p, float *logits, int64_t b, int64_t row, int6
   const int64_t t = row % p->T, head = row / p->T, at = b * p->T + t;
   const int in_range = p->first[at] <= start && start + KEYS <= (int64_t)p->last[at] + 1;
   const int all = in_range && !p->key_segments && !p->shown.data;
-  vec largest = fill(-INFINITY), total = {0};
   for (int64_t i = 0; i < KEYS && p->caps; i += LANES)
     store(logits + i, capped(p->caps[b], ratio_of(p->caps[b], load(logits + i))));
   for (int64_t i = 0; i < KEYS && !all; i++) {
@@ -36,17 +35,7 @@ static float weigh(const problem *p, float *logits, int64_t b, int64_t row, int6
     if (seen && p->shown.data) seen = *shown_at(p, b, head / p->G, head % p->G, t, key);
     if (!seen) logits[i] = -INFINITY;
   }
-  for (int64_t i = 0; i < KEYS; i += LANES) largest = larger(load(logits + i), largest);
-  float before = *top;
-  for (int i = 0; i < LANES; i++) *top = largest[i] > *top ? largest[i] : *top;
-  float shift = *top == -INFINITY ? 0 : *top;
-  *kept = power(fill(before - shift))[0];
-  for (int64_t i = 0; i < KEYS; i += LANES) {
-    vec weight = power(load(logits + i) - shift);
-    total += weight;
-    store(logits + i, weight);
-  }
-  return sum(total);
+  return weights_of(logits, KEYS, top, kept);
 }
 
 /* Where the TOKENS rows from `key` on lie, and how far apart: those that exist and are read, or zeros. */

@@ -5,8 +5,6 @@
 #include "pool.h"
 #include "problem.h"
 
-#define PARTS 4 /* of a list of pages */
-
 /* query, output: B K G H and B K G E; key, value: B K P C H and B K P C E; slots: B K G m, pages or -1; first, last: B, the keys
  * that are seen; caps: B, or none; level: B K G; partial: room for B K G PARTS (E + 2) numbers. */
 typedef struct {

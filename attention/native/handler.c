@@ -80,16 +80,6 @@ static void set_partial(problem *p, const XLA_FFI_CallFrame *frame, int n) {
   p->partial = partial->data, p->parts = partial->dims[partial->rank - 1];
 }
 
-__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
-  if (told_version(frame)) return 0;
-  XLA_FFI_Error *error = misfit(frame, SHOWN + 1, 2);
-  if (error) return error;
-  problem p = described(frame);
-  p.output = result(frame, 0), p.level = result(frame, 1);
-  forward(&p, &(threads){frame->api, frame->ctx});
-  return 0;
-}
-
 /* The one attribute: how many keys a page has. */
 static void set_pages(problem *p, const XLA_FFI_CallFrame *frame) {
   const XLA_FFI_Buffer *pages = argument(frame, PAGES);
@@ -97,15 +87,23 @@ static void set_pages(problem *p, const XLA_FFI_CallFrame *frame) {
   p->page = *(const int64_t *)((const XLA_FFI_Scalar *)frame->attrs.attrs[0])->value;
 }
 
-__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_read(XLA_FFI_CallFrame *frame) {
+static XLA_FFI_Error *forward_pass(const XLA_FFI_CallFrame *frame, int paged) {
   if (told_version(frame)) return 0;
-  XLA_FFI_Error *error = misfit(frame, PAGES + 1, 2);
+  XLA_FFI_Error *error = misfit(frame, SHOWN + 1 + paged, 2);
   if (error) return error;
   problem p = described(frame);
-  set_pages(&p, frame);
+  if (paged) set_pages(&p, frame);
   p.output = result(frame, 0), p.level = result(frame, 1);
   forward(&p, &(threads){frame->api, frame->ctx});
   return 0;
+}
+
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_forward(XLA_FFI_CallFrame *frame) {
+  return forward_pass(frame, 0);
+}
+
+__attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_read(XLA_FFI_CallFrame *frame) {
+  return forward_pass(frame, 1);
 }
 
 /* Query and key are integers of 16 bits, and values bfloat16. */

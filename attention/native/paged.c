@@ -18,22 +18,13 @@ static state state_of(const paged_problem *p, int64_t n) {
 
 /* The keys of a page that the query sees get weights; returns by what earlier sums are to be multiplied. */
 static float weigh(const paged_problem *p, float *logits, int64_t b, int64_t start, const state *s) {
-  vec largest = fill(-INFINITY), total = {0};
   for (int64_t i = 0; i < p->C && p->caps; i += LANES)
     store(logits + i, capped(p->caps[b], ratio_of(p->caps[b], load(logits + i))));
   for (int64_t i = 0; i < up_to(p->C, LANES); i++)
     if (i >= p->C || start + i < p->first[b] || start + i > p->last[b]) logits[i] = -INFINITY;
-  for (int64_t i = 0; i < p->C; i += LANES) largest = larger(load(logits + i), largest);
-  const float before = *s->top;
-  for (int i = 0; i < LANES; i++) *s->top = largest[i] > *s->top ? largest[i] : *s->top;
-  const float shift = *s->top == -INFINITY ? 0 : *s->top;
-  for (int64_t i = 0; i < p->C; i += LANES) {
-    vec weight = power(load(logits + i) - shift);
-    total += weight;
-    store(logits + i, weight);
-  }
-  const float kept = power(fill(before - shift))[0];
-  *s->sum = *s->sum * kept + sum(total);
+  float kept;
+  const float total = weights_of(logits, up_to(p->C, LANES), s->top, &kept);
+  *s->sum = *s->sum * kept + total;
   return kept;
 }
 

@@ -9,28 +9,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention.inputs import Inputs
 from attention.masks import Mask
+from attention.native.build import PARTS
 from attention.native.calls import caps_of, like, sight_of
 
-UNIT, PARTS = 8, 4  # keys, of which a page is a multiple; and parts of a list of pages
+UNIT = 8  # keys, of which a page is a multiple
 WHOLE = 32700.0  # how long the integers of a query or a key are: no sum of products leaves 32 bits
 
 Read = tuple[Float[Array, "B K G T E"], Float[Array, "B K G T"]]
 
 
-class Halves(NamedTuple):
-    """Operands in 16 bits: integers times a scale for queries and keys, bfloat16 for values.
+class HalfKeys(NamedTuple):
+    """Keys and values in 16 bits: integers times a scale, and bfloat16.
 
     Attributes:
-        query, key: `B T N H` and `B S K H`.
-        value: `B S K E`.
-        query_scale, key_scale: `B T N` and `B S K`.
+        key, value: `B S K H` and `B S K E`.
+        scale: of the keys, `B S K`.
     """
 
-    query: Int[Array, "B T N H"]
     key: Int[Array, "B S K H"]
     value: Float[Array, "B S K E"]
-    query_scale: Float[Array, "B T N"]
-    key_scale: Float[Array, "B S K"]
+    scale: Float[Array, "B S K"]
 
 
 def read(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> Read:
@@ -46,14 +44,14 @@ def read(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> Read:
     return _called("attention_lab_read", operands, inputs, pages, (), page)
 
 
-def read_halved(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> Read:
-    """The same in 16 bits, where `build.has_halves()`: of the operands as `halves` has them, with weights in bfloat16.
+def read_halved(inputs: Inputs, keys: HalfKeys, pages: Bool[Array, "B K G P T"], page: int) -> Read:
+    """The same in 16 bits, where `build.has_halves()`: over `keys`, those of the inputs, with weights in bfloat16.
 
     A cap is not looked at.
     """
-    short = halves(inputs)
-    operands = *short[:3], caps_of(None, short.query_scale[..., None])
-    return _called("attention_lab_halved", operands, inputs, pages, short[3:], page)
+    query, scale = integers(_across(inputs)[0])
+    operands = query, keys.key, keys.value, caps_of(None, scale[..., None])
+    return _called("attention_lab_halved", operands, inputs, pages, (scale, keys.scale), page)
 
 
 def read_pages(
@@ -73,14 +71,14 @@ def read_pages(
     return output, residual
 
 
-def halves(inputs: Inputs) -> Halves:
-    """The operands rounded to 16 bits."""
+def half_keys(inputs: Inputs) -> HalfKeys:
+    """The keys and values rounded to 16 bits."""
     query, key, value = _across(inputs)
-    (query, query_scale), (key, key_scale) = (_integers(x.astype(query.dtype)) for x in (query, key))
-    return Halves(query, key, value.astype(jnp.bfloat16), query_scale, key_scale)
+    key, scale = integers(key.astype(query.dtype))
+    return HalfKeys(key, value.astype(jnp.bfloat16), scale)
 
 
-def _integers(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array, "*B"]]:
+def integers(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array, "*B"]]:
     """Integers of 16 bits, and what they are to be multiplied by: 0 for a vector whose size vanishes."""
     largest = jnp.abs(x).max(-1)
     unit = jnp.where(largest > 0, largest, 1)

@@ -42,4 +42,21 @@ INLINE void add_rows(float *to, const float *factors, operand x, int64_t stride,
   store_few(to + i, total, size - i);
 }
 
+/* Logits become weights relative to their maximum and `top`, which grows to it; returns their sum, and in `kept` by what
+ * earlier sums are to be multiplied. `count` is a multiple of LANES. */
+INLINE float weights_of(float *logits, int64_t count, float *top, float *kept) {
+  vec largest = fill(-INFINITY), total = {0};
+  for (int64_t i = 0; i < count; i += LANES) largest = larger(load(logits + i), largest);
+  const float before = *top;
+  for (int i = 0; i < LANES; i++) *top = largest[i] > *top ? largest[i] : *top;
+  const float shift = *top == -INFINITY ? 0 : *top;
+  *kept = power(fill(before - shift))[0];
+  for (int64_t i = 0; i < count; i += LANES) {
+    vec weight = power(load(logits + i) - shift);
+    total += weight;
+    store(logits + i, weight);
+  }
+  return sum(total);
+}
+
 #endif

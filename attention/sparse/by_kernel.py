@@ -24,10 +24,10 @@ ROOM = 2**24  # pairs of a row and a page that are planned before any of them is
 
 def attended(head: Head, own: Limits, options: Options, fits: Bool[Array, "G T"] | None) -> Result:
     """Every tile; `fits` says which rows are read in 16 bits, and `own` knows."""
-    found = []
+    found, short = [], kernel.fitting(head.part, fits)
     for part, tiles in spans(head, options):
         count = divisor(len(tiles), max(1, ROOM // (len(part.pages.width) * own.size.shape[0] * options.rows)))
-        some = functools.partial(_strip, part, own, options, fits, count)
+        some = functools.partial(_strip, part, own, options, short, count)
         found.append(lax.map(some, tiles.reshape(-1, count)[:, 0]))
     *rows, read, seen = jax.tree.map(lambda *x: jnp.concatenate(x), *found)
     return Result(*(joined(x) for x in rows), jnp.minimum(read.sum(), seen.sum()), seen.sum())
@@ -37,7 +37,9 @@ def _strip(head: Head, own: Limits, options: Options, fits, count: int, first):
     """Some tiles after one another: output, error bound, replaced mass, and pairs that are read and might be."""
     start, T, page = first * options.rows, count * options.rows, options.page
     part = kernel.rows_of(head.part, start, T)
-    own, fits = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, T, axis=1), (own, fits))
+    rows = None if fits is None else fits.rows
+    own, rows = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, T, axis=1), (own, rows))
+    fits = None if fits is None else fits._replace(rows=rows)
     at, P = start + jnp.arange(T), len(head.pages.width)
     fixed = diagonal.among(head.part.mask, at, options.rows, P, page)
     parts = [kernel.read(part, fixed, page, fits)] if diagonal.keys(head.part.mask, options.rows, page) else []

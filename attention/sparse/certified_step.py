@@ -15,7 +15,7 @@ from attention.exact import softmax
 from attention.exponential import finite
 from attention.logits import soft_capped
 from attention.masks import Mask
-from attention.native import reading
+from attention.native import build, reading
 from attention.rounding import CALM, Sizes, norms, product
 from attention.sparse import kernel
 from attention.sparse.bounds import REACH
@@ -78,7 +78,7 @@ def _attended(operands, arrays, form) -> Float[Array, "n G E"]:
 
     if kernel.able_step(query, key):
         slots = jax.vmap(lambda row: jnp.nonzero(row, size=P, fill_value=-1)[0])(read.swapaxes(1, 2).reshape(-1, P))
-        found = kernel.read_pages(query, key, value, operands.get("cap"), slots.reshape(B, K, G, P), mask)
+        found = reading.read_pages(query, key, value, slots.reshape(B, K, G, P), mask, operands.get("cap"))
         output, residual = (x.reshape(B * K, G, *x.shape[3:]) for x in found)
     else:
         some = functools.partial(_copied, operands, mask, length)
@@ -139,7 +139,7 @@ def _limits(query, state: SummarisedCache, mask: Mask, cap) -> Limits:
     reach = 2 * outward(dtype, E) * jnp.minimum(value, spread)
     # Sums are rescaled by each part that is read, and rounded twice more by the division and the product between.
     parts = -(-P * C // min(P * C, AT_ONCE)) + 2
-    steps = max(2 * parts, kernel.rescalings(P * C, C) + reading.PARTS if kernel.able_step(query, state.key) else 0)
+    steps = max(2 * parts, kernel.rescalings(P * C, C) + build.PARTS if kernel.able_step(query, state.key) else 0)
     depth = max(P, C, AT_ONCE) + parts
     return limits_of(of, reach, C, rescalings=steps, fixed_shift=CALM, depth=depth)
 

@@ -25,7 +25,7 @@ from attention.rounding import Sizes, max_over_visible, norms, roundoff
 from attention.sparse.moments import outward
 from attention.sparse.plan import Limits
 
-ROWS, TILE = 32, 128  # rows for which it reads a page or does not, and keys after which it rescales
+ROWS = 32  # for which it reads a page or does not
 IN_32, IN_16 = 0.7, 0.4  # of the time that reading takes without the kernel, in float32 and in 16 bits
 MERGED = 5  # rescalings that stand for what merging its sums with others costs, and levels that are whole numbers
 RHO = 1.02 * roundoff(jnp.bfloat16)  # of a weight: of its polynomial, of float32 and of the last rounding
@@ -53,11 +53,6 @@ def able_step(query: Float[Array, "B K G H"], key: Float[Array, "B K P C H"]) ->
     return single and jax.default_backend() == "cpu" and not build.fault()
 
 
-def read_pages(query, key, value, cap, slots, mask: Mask) -> Read:
-    """Output and log of the sum of exponentials of one query a head over a list of pages: `reading.read_pages`."""
-    return reading.read_pages(query, key, value, slots, mask, cap)
-
-
 def cost(inputs: Inputs, page: int, fits: Bool[Array, "G T"] | None) -> Float[Array, ""]:
     """How long reading every key takes, if it takes 1 without the kernel; no bound relies on it."""
     if not able(inputs, page):
@@ -67,7 +62,7 @@ def cost(inputs: Inputs, page: int, fits: Bool[Array, "G T"] | None) -> Float[Ar
 
 def rescalings(keys: int, page: int) -> int:
     """How often the kernel rescales the sums of a row, and who merges it with others."""
-    return -(-keys // min(TILE, page)) + 3 + MERGED
+    return -(-keys // min(build.KEYS, page)) + 3 + MERGED
 
 
 def short(of: Sizes, value: Float[Array, "B K S E"], mask: Mask, diameter, rounding) -> Short:
@@ -111,14 +106,26 @@ def rows_of(part: Inputs, start, count: int) -> Inputs:
     return dataclasses.replace(part, query=cut(part.query, 3), mask=mask)
 
 
-def read(part: Inputs, pages: Bool[Array, "P g T"], page: int, fits: Bool[Array, "G T"] | None) -> Read:
+class Fitting(NamedTuple):
+    """Which rows are read in 16 bits, `G T`, and the keys and values of the head in as many."""
+
+    rows: Bool[Array, "G T"]
+    keys: reading.HalfKeys
+
+
+def fitting(part: Inputs, rows: Bool[Array, "G T"] | None) -> Fitting | None:
+    """Made once a head, whatever calls read from it."""
+    return None if rows is None else Fitting(rows, reading.half_keys(part))
+
+
+def read(part: Inputs, pages: Bool[Array, "P g T"], page: int, fits: Fitting | None) -> Read:
     """Output and log of the sum of exponentials of one key head over the pages that each row reads.
 
     Args:
         part: its operands, `1 1 ...`.
         pages: which of its rows read a page, of all query heads alike or of each.
         page: keys of a page.
-        fits: the rows that are read in 16 bits; None for none of them.
+        fits: what is read in 16 bits; None for nothing.
     """
     G, T = part.query.shape[2:4]
     pages = jnp.broadcast_to(jnp.moveaxis(pages, 0, 1), (G, len(pages), T))
@@ -137,8 +144,9 @@ def read(part: Inputs, pages: Bool[Array, "P g T"], page: int, fits: Bool[Array,
 
     if fits is None:
         return of(None, reading.read)
-    in_16, in_32 = of(fits, reading.read_halved), of(~fits, reading.read)
-    return jnp.where(fits[..., None], in_16[0], in_32[0]), jnp.where(fits, in_16[1], in_32[1])
+    rows, halved = fits.rows, lambda part, *given: reading.read_halved(part, fits.keys, *given)
+    in_16, in_32 = of(rows, halved), of(~rows, reading.read)
+    return jnp.where(rows[..., None], in_16[0], in_32[0]), jnp.where(rows, in_16[1], in_32[1])
 
 
 def merged(*parts: Read) -> Read:

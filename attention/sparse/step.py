@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from attention.masks import Mask
+from attention.native import reading
 from attention.sparse import kernel
 from attention.sparse.gathered import attend
 from attention.sparse.pages import PagedCache
@@ -70,7 +71,9 @@ def over_pages(
 def _over_pages(operands, arrays, form):
     slots, mask, length = jax.tree.unflatten(form, arrays)
     if kernel.able_step(operands["query"], operands["key"]):
-        return kernel.read_pages(*(operands.get(name) for name in ("query", "key", "value", "cap")), slots, mask)[0]
+        return reading.read_pages(*(operands[x] for x in ("query", "key", "value")), slots, mask, operands.get("cap"))[
+            0
+        ]
     return _head_by_head(operands, slots, mask, length)
 
 

@@ -60,7 +60,7 @@ def attended(part: Inputs, own: Limits, block: int) -> tuple[Float[Array, "G T E
 def by_kernel(part: Inputs, fits: Bool[Array, "G T"] | None) -> tuple[Float[Array, "G T E"], Float[Array, ""]]:
     """The same by the kernel in C; `fits` says which rows in 16 bits."""
     (G, T), S = part.query.shape[2:4], part.mask.num_keys
-    output, _ = kernel.read(part, jnp.ones((1, 1, T), bool), S, fits)
+    output, _ = kernel.read(part, jnp.ones((1, 1, T), bool), S, kernel.fitting(part, fits))
     return output, jnp.asarray(G * T * S, output.dtype)
 
 
