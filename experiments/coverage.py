@@ -110,21 +110,21 @@ class Drawn(NamedTuple):
     weights: np.ndarray
 
 
-def drawn(operands, temperature: float, method: attention.Sampled, *, seed: int, draws: int) -> Drawn:
-    """Draws the sample anew from so many seeds."""
+def drawn(operands, temperature: float, method: attention.Sampled, *, seed: int, draws: int, **segments) -> Drawn:
+    """Draws the sample anew from so many seeds; segments are passed on under their names."""
     seeds = np.random.default_rng(seed).integers(2**32, size=(draws, 2), dtype=np.uint32)
-    found = _attended(operands, seeds, np.float32(temperature), method)
+    found = _attended(operands, seeds, np.float32(temperature), segments, method)
     output, bound, mass = (np.asarray(x, np.float64) for x in found)
-    expected, weights = oracle(*operands, temperature=np.float32(temperature), **OPTIONS)
+    expected, weights = oracle(*operands, temperature=np.float32(temperature), **OPTIONS, **segments)
     return Drawn(output, np.linalg.norm(output - expected[0], axis=-1), bound, mass, weights[0])
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _attended(operands, seeds, temperature, method: attention.Sampled):
+def _attended(operands, seeds, temperature, segments, method: attention.Sampled):
     def one(seed):
         params = attention.Params(constants={"seed": seed})
         output, found = attention.certified_attention(
-            *operands, method=method, params=params, temperature=temperature, **OPTIONS
+            *operands, method=method, params=params, temperature=temperature, **OPTIONS, **segments
         )
         return output[0], found.error_bound[0], found.dropped_mass[0]
 

@@ -20,7 +20,7 @@ from attention.sparse.gathered import Found, attend
 from attention.sparse.odds import odds_of_the_rest
 from attention.sparse.pages import Pages
 from attention.sparse.rows import aligned
-from attention.sparse.selection import Selection, Tile, choice, keys_of, read
+from attention.sparse.selection import Selection, Tile, choice, choosers, keys_of, read
 
 
 class Cut(NamedTuple):
@@ -73,18 +73,13 @@ def _cut(rule: Selection, mask: Mask) -> Cut:
 
 
 def _choices(rule: Selection, query: Float[Array, "G T H"], box, mask: Mask, cut: Cut, begun, cap) -> Choices:
-    T, P, query = mask.num_queries, len(box), lax.stop_gradient(query)
+    P, query = len(box), lax.stop_gradient(query)
 
     def tile(i):
         rows = cut.rows(i)
-        if mask.causal:
-            position = (rows[0] + cut.offset) // rule.query_block * rule.query_block
-            first = position - cut.offset
-            lead = lax.dynamic_slice_in_dim(query, first.clip(0, T - 1), 1, axis=1)
-            who = Tile(rows, position, lead, jnp.ones(1, bool))
-        else:
-            real = rows < (T if mask.query_lengths is None else mask.query_lengths[0])
-            who = Tile(rows, rows[0] + cut.offset, query[:, rows.clip(0, T - 1)], real)
+        position = rows[0] + cut.offset
+        position = position // rule.query_block * rule.query_block if mask.causal else position
+        who = choosers(query, mask, rows, position, cut.offset)
         chosen = _unless(begun, who, cut.offset, lambda: choice(rule, who, box, mask, cap))
         return Choices(*read(rule, who.position, chosen, P, mask), chosen)
 

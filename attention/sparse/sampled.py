@@ -14,10 +14,11 @@ from attention.method import Certificate, Cost, Params, check_positive
 from attention.rounding import rounding_bound, sees_any
 from attention.sparse.bounds import odds_rounding
 from attention.sparse.paged_method import Paged
-from attention.sparse.pages import PagedCache, paged
+from attention.sparse.pages import PagedCache
 from attention.sparse.sampled_bounds import limits_of, row_bounds
-from attention.sparse.sampled_tiles import chosen_by_row, over_tiles
-from attention.sparse.tail import Known, Rule, Tile, weighted
+from attention.sparse.sampled_tiles import Known, chosen_by_row, known, over_tiles
+from attention.sparse.segments import Sorted, sort
+from attention.sparse.tail import Rule, Tile, weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,8 @@ class Sampled(Paged):
     depends on `params`, on the number of the tile and on how many keys are left, so that no later token changes it and
     decoding draws as the whole does. Gradients flow through what was read, by its weight.
 
-    It takes no segments, since a packed segment has to be what it is alone. Tiles, pages and samples would count from
-    each segment's first token, among tokens sorted by segment, for an id may stand in several runs. How many tiles that
-    makes no shape says, so that each row would gather keys of its own, `query_block` times as many; and the sums and
-    maxima along the keys, on which certificates rest, would begin anew with each segment. The other sparse methods take
-    them.
+    Where sequences are packed, all of this counts from the first token of each segment, whose output is what it is
+    alone.
 
     Attributes:
         samples: m.
@@ -79,7 +77,6 @@ class Sampled(Paged):
         residual=False,
         sees_all=False,
         bias=False,
-        segments=False,
         random=True,
         certificate="probabilistic",
         rounding=2.0,
@@ -116,23 +113,21 @@ class Sampled(Paged):
         return Params(constants={"seed": jax.random.bits(rng, (2,), jnp.uint32)})
 
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
-        return self._over_tiles(inputs, self._known(inputs), lambda part, tile, known: weighted(part, tile).output)
+        return self._over_tiles(inputs, lambda part, n, tile, box: weighted(part, tile).output)
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
-        limits = lax.stop_gradient(limits_of(inputs))
+        limits = lax.stop_gradient(limits_of(inputs, self._order(inputs)))
         numbers = (2 * rounding_bound(inputs, rescalings=1), odds_rounding(inputs, rescalings=0))
         shape = (-1, *inputs.query.shape[2:4])
         numbers = tuple(jnp.broadcast_to(x, inputs.query.shape[:-1]).reshape(shape) for x in numbers)
 
-        def result(part: Inputs, tile: Tile, known: Known | None):
-            box, found = None if known is None else known.box, weighted(part, tile)
-            own, (rounding, odds) = jax.tree.map(
-                lambda x: lax.dynamic_index_in_dim(x, tile.head, keepdims=False), (limits, numbers)
-            )
+        def result(part: Inputs, n: Array, tile: Tile, box: Array | None):
+            found = weighted(part, tile)
+            own, (rounding, odds) = jax.tree.map(lambda x: x[n], (limits, numbers))
             more = rounding[:, tile.at], odds[:, tile.at], self.delta
             return found.output, *row_bounds(part, tile, found, own, box, *more)
 
-        output, bound, mass = self._over_tiles(inputs, self._known(inputs), result)
+        output, bound, mass = self._over_tiles(inputs, result)
         seen, S = sees_any(inputs.mask), inputs.mask.num_keys
         kept = self._rule().width(inputs.mask) + min(self.sinks, S) + self.heavy * self.page
         read = min(1.0, (kept + min(self.samples, S)) / S)
@@ -152,20 +147,27 @@ class Sampled(Paged):
         """The output over the pages of a decoding state, and what the last tile has chosen."""
         inputs, state = operands
         key, value = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (state.key, state.value))
-        known = Known(state.box, state.chosen[:, :, 0]) if self.heavy else None
+        pages = Known(state.box, state.chosen[:, :, 0]) if self.heavy else None
         whole = dataclasses.replace(inputs, key=key, value=value)
-        found = self._over_tiles(whole, known, lambda part, tile, _: (weighted(part, tile).output, chosen_by_row(tile)))
-        return found[0], found[1][:, :, :1, -1]
 
-    def _known(self, inputs: Inputs) -> Known | None:
-        """The boxes of the pages, `B K P X`, where some are chosen."""
-        if not self.heavy:
+        def result(part: Inputs, n: Array, tile: Tile, box: Array | None):
+            return weighted(part, tile).output, chosen_by_row(tile)
+
+        output, chosen = over_tiles(self._rule(), whole, None, self._seed(whole), pages, result)
+        return output, chosen[:, :, :1, -1]
+
+    def _over_tiles(self, inputs: Inputs, result) -> Any:
+        """`result(part, n, tile, box)` for one key head n and tile after another, `B K G T ...`."""
+        order = self._order(inputs)
+        pages = known(inputs, order, self.page) if self.heavy else None
+        return over_tiles(self._rule(), inputs, order, self._seed(inputs), pages, result)
+
+    def _order(self, inputs: Inputs) -> Sorted | None:
+        """The order of the tokens of each sequence, where there are segments."""
+        if inputs.mask.query_segments is None:
             return None
-        return Known(paged(inputs.key, inputs.value, self.page, inputs.mask.key_lengths).box, None)
-
-    def _over_tiles(self, inputs: Inputs, known: Known | None, result) -> Any:
-        """`result(part, tile, known)` for one key head and tile after another, `B K G T ...`."""
-        return over_tiles(self._rule(), inputs, self._seed(inputs), known, result)
+        batch = jnp.arange(inputs.query.shape[0])
+        return lax.map(lambda b: sort(inputs.part(b, 1, 0, 1).mask, self.query_block), batch)
 
     def _rule(self) -> Rule:
         return Rule(self.samples, self.window, self.sinks, self.query_block, self.heavy, self.page)

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attention.inputs import Inputs
 from attention.rounding import norms, product, product_roundoff, roundoff
@@ -12,11 +13,12 @@ from attention.sparse.bounds import value_reach
 from attention.sparse.deviations import Sample, sampled_bound
 from attention.sparse.moments import outward
 from attention.sparse.pages import sound_box_bound
+from attention.sparse.segments import Sorted
 from attention.sparse.tail import Tile, Weighted
 
 
 class Limits(NamedTuple):
-    """Running maxima along the keys of each head, rounded outward, and how far apart two values of a row may be."""
+    """Running maxima and sums along the keys of each head, and how far apart two values of a row may be."""
 
     key: Float[Array, "BK S"]
     key_spread: Float[Array, "BK S"]
@@ -26,16 +28,35 @@ class Limits(NamedTuple):
     apart: Float[Array, "BK T"]
 
 
-def limits_of(inputs: Inputs) -> Limits:
-    dtype = inputs.query.dtype
-    key, value = (x.astype(dtype).reshape(-1, *x.shape[2:]) for x in (inputs.key, inputs.value))
-    wide = outward(dtype, max(key.shape[-1], value.shape[-1]))
-    apart = jnp.broadcast_to(value_reach(inputs)[:, :, 0], (*inputs.key.shape[:2], inputs.mask.num_queries))
-    return Limits(
-        *(wide * lax.cummax(norms(x), axis=1) for x in (key, key - key[:, :1], value, value - value[:, :1])),
-        jnp.cumsum(value - value[:, :1], axis=1),
-        apart.reshape(-1, inputs.mask.num_queries),
-    )
+def limits_of(inputs: Inputs, order: Sorted | None) -> Limits:
+    """With segments along the keys in their order, and anew in each; otherwise `order` is None."""
+    dtype, apart = inputs.query.dtype, value_reach(inputs)[:, :, 0]
+    wide = outward(dtype, max(inputs.key.shape[-1], inputs.value.shape[-1]))
+    apart = jnp.broadcast_to(apart, (*inputs.key.shape[:2], inputs.mask.num_queries))
+
+    def head(key, value, order):
+        if order is None:
+            begins, start = jnp.arange(len(key)) == 0, jnp.zeros(len(key), jnp.int32)
+        else:
+            key, value, start = key[order.key], value[order.key], order.start
+            begins = start == jnp.arange(len(key))
+        of_values = value - value[start]
+        lengths = (wide * norms(x) for x in (key, key - key[start], value, of_values))
+        return *(_running(jnp.maximum, x, begins) for x in lengths), _running(jnp.add, of_values, begins)
+
+    heads = jax.vmap(jax.vmap(head, (0, 0, None)))
+    found = heads(inputs.key.astype(dtype), inputs.value.astype(dtype), order)
+    return Limits(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (*found, apart)))
+
+
+def _running(join, x: Float[Array, "S ..."], begins: Bool[Array, " S"]) -> Float[Array, "S ..."]:
+    """Running maxima or sums along the first axis, which begin anew where they are told to."""
+
+    def joined(before, after):
+        begun = after[0].reshape(-1, *[1] * (x.ndim - 1))
+        return before[0] | after[0], jnp.where(begun, after[1], join(before[1], after[1]))
+
+    return lax.associative_scan(joined, (begins, x))[1]
 
 
 def row_bounds(part: Inputs, tile: Tile, found: Weighted, own: Limits, box, rounding, odds, delta: float):
@@ -50,18 +71,18 @@ def row_bounds(part: Inputs, tile: Tile, found: Weighted, own: Limits, box, roun
 
 def _sample(part: Inputs, tile: Tile, found: Weighted, own: Limits, box) -> tuple[Sample, Float[Array, " E"]]:
     """The statistics of a sample, and the vector c around which those of the values are: the mean of the tail."""
-    query, first, m = part.query[0, 0][:, tile.at], part.key[0, 0, 0].astype(part.query.dtype), tile.sampled
+    query, first, m = part.query[0, 0][:, tile.at], part.key[0, 0, tile.lead].astype(part.query.dtype), tile.sampled
     dtype, H, tail = query.dtype, query.shape[-1], tile.tail
     last = jnp.where(tail.count > tail.before, tail.resume + tail.count - tail.before, tail.begin + tail.before) - 1
 
     def upto(x, index):
-        return jnp.where(index >= 0, jnp.take(x, index.clip(0), axis=0, mode="clip"), 0)
+        return jnp.where(index >= 0, jnp.take(x, tile.first + index.clip(0), axis=0, mode="clip"), 0)
 
     ends = (tail.begin + tail.before - 1, tail.begin - 1, last, tail.resume - 1)
     sums = [upto(own.sums, end) for end in ends]
     after = jnp.where(tail.count > tail.before, sums[2] - sums[3], 0)
     offset = (sums[0] - sums[1] + after) / jnp.maximum(tail.count, 1)
-    base = part.value[0, 0, 0].astype(dtype)
+    base = part.value[0, 0, tile.lead].astype(dtype)
     wide = outward(dtype, base.size)
     centre = base + offset
     radius = jnp.minimum(upto(own.value_spread, last) + norms(base - centre), upto(own.value, last) + norms(centre))

@@ -44,6 +44,19 @@ class Tile(NamedTuple):
     counts: Bool[Array, " c"]
 
 
+def choosers(query: Float[Array, "G T H"], mask: Mask, rows: Int[Array, " R"], position, offset) -> Tile:
+    """The tile of some rows, the first query of which stands at `position`, which chooses where attention is causal.
+
+    `offset` is where the queries begin.
+    """
+    T = mask.num_queries
+    if mask.causal:
+        lead = lax.dynamic_slice_in_dim(query, (position - offset).clip(0, T - 1), 1, axis=1)
+        return Tile(rows, position, lead, jnp.ones(1, bool))
+    exists = rows < (T if mask.query_lengths is None else mask.query_lengths[0])
+    return Tile(rows, position, query[:, rows.clip(0, T - 1)], exists & (rows < T))
+
+
 def choice(rule: Selection, tile: Tile, box: Float[Array, "P X"], mask: Mask, cap) -> Int[Array, " n"]:
     """The pages with the largest scores, of those that are not read anyway; -1 where there are no more."""
     C, P = rule.block_size, box.shape[0]

@@ -34,13 +34,6 @@ class Rule(NamedTuple):
         return selection.Selection(self.heavy, self.page, self.query_block, self.window, self.sinks)
 
 
-class Known(NamedTuple):
-    """What is known of the pages of one key head: their boxes, and what the tile of the first query chose before it."""
-
-    box: Float[Array, "P X"]
-    begun: Int[Array, " n"] | None
-
-
 class Tail(NamedTuple):
     """The keys between sinks and window: `before` of them from `begin` on, the others from `resume` on."""
 
@@ -54,16 +47,17 @@ class Tile(NamedTuple):
     """Rows, and what they read: keys, of which the last `sampled` stand for `weight` keys each.
 
     Attributes:
-        head: the number of the batch element and key head.
         at: the rows.
+        first, lead: the place in the order and the index of the first key of what they see a part of.
         keys, reads: keys, and which of the slots hold one.
         count: of how many keys the sample is one; 0 where all are read.
         chosen: the heavy pages; -1 where there are fewer.
         rest: the pages with keys of which some are left to the sample; None where nothing is known of pages.
     """
 
-    head: Int[Array, ""]
     at: Int[Array, " R"]
+    first: Int[Array, ""] | int
+    lead: Int[Array, ""] | int
     keys: Int[Array, " n"]
     reads: Bool[Array, " n"]
     sampled: int
@@ -84,67 +78,51 @@ class Weighted(NamedTuple):
     value: Float[Array, "n E"]
 
 
-def tile_at(rule: Rule, part: Inputs, seed: Array, known: Known | None, head, row, R: int, offset) -> Tile:
-    """What the queries [row, row + R) of a head read."""
-    mask, C, S = part.mask, rule.query_block, part.mask.num_keys
-    block = (row + offset) // C
-    start, width = block * C, rule.width(mask)
+def tile_at(rule: Rule, mask: Mask, start, at: Int[Array, " R"], seed: Array, chosen: Int[Array, " h"] | None, dtype):
+    """What the queries `at` read, a tile that begins at `start`, of keys that are counted from the first of them."""
+    C, S, width = rule.query_block, mask.num_keys, rule.width(mask)
     low = (start - rule.window).clip(0, S)
     high = start + C - 1 + (0 if mask.causal else rule.window)
     around = (start - rule.window).clip(0, S - width) + jnp.arange(width)
     sinks = jnp.arange(min(rule.sinks, S))
     tail = _tail(mask, start, start + C - 1, low, high, sinks.size)
-    chosen, rest, heavy, spans = _heavy(rule, part, known, tail, row, R, start, offset)
+    pages = jnp.zeros(0, jnp.int32) if chosen is None else chosen
+    rest, spans = _ranks(pages, -(-S // rule.page), rule.page, tail)
     left = tail.count - (spans[1] - spans[0]).sum()
     m = min(rule.samples, S)
-    rng = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), block.astype(jnp.uint32))
+    rng = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), (start // C).astype(jnp.uint32))
     drawn = jax.random.randint(rng, (m,), 0, jnp.maximum(left, 1), jnp.int32)
     whole, ranks = left <= m, jnp.arange(m, dtype=jnp.int32)
     rank = _passing(jnp.where(whole, ranks, drawn), spans)
     sampled = jnp.where(rank < tail.before, tail.begin + rank, tail.resume + rank - tail.before)
     reads = (sinks < low) | (sinks > high), (around >= low) & (around <= high)
     return Tile(
-        head=head,
-        at=(row + jnp.arange(R)).clip(0, mask.num_queries - 1),
-        keys=jnp.concatenate([sinks, around, heavy, sampled]).clip(0, S - 1),
-        reads=jnp.concatenate([*reads, jnp.repeat(chosen >= 0, rule.page), ~whole | (ranks < left)]),
+        at=at.clip(0, mask.num_queries - 1),
+        first=0,
+        lead=0,
+        keys=jnp.concatenate([sinks, around, selection.keys_of(pages, rule.page), sampled]).clip(0, S - 1),
+        reads=jnp.concatenate([*reads, jnp.repeat(pages >= 0, rule.page), ~whole | (ranks < left)]),
         sampled=m,
-        weight=jnp.where(whole, 1, left / jnp.asarray(m, part.query.dtype)).astype(part.query.dtype),
+        weight=jnp.where(whole, 1, left / jnp.asarray(m, dtype)).astype(dtype),
         count=jnp.where(whole, 0, left),
         tail=tail,
-        chosen=chosen,
-        rest=rest,
+        chosen=pages,
+        rest=None if chosen is None else rest,
     )
 
 
-def _heavy(rule: Rule, part: Inputs, known: Known | None, tail: Tail, row, R: int, start, offset):
-    """The heavy pages of a tile, those with keys of the rest, the keys of the heavy ones, and their ranks in the tail.
+def _ranks(chosen: Int[Array, " h"], P: int, page: int, tail: Tail):
+    """Which of P pages have keys of the tail that are in no chosen page; and the tail's ranks in those, in order.
 
-    A heavy page lies on one side of the window and behind the sinks, so that what of it is not in the tail is seen by
+    A chosen page lies on one side of the window and behind the sinks, so that what of it is not in the tail is seen by
     no row of the tile.
     """
-    if known is None:
-        nothing = jnp.zeros(0, jnp.int32)
-        return nothing, None, nothing, (nothing, nothing)
-    mask, T, P = part.mask, part.mask.num_queries, known.box.shape[0]
-    query, rows = part.query[0, 0], row + jnp.arange(R)
-    if mask.causal:
-        lead = lax.dynamic_slice_in_dim(query, (start - offset).clip(0, T - 1), 1, axis=1)
-        who = selection.Tile(rows, start, lead, jnp.ones(1, bool))
-    else:
-        exists = rows < (T if mask.query_lengths is None else mask.query_lengths[0])
-        who = selection.Tile(rows, start, query[:, rows.clip(0, T - 1)], exists & (rows < T))
-
-    def choice():
-        return selection.choice(rule.selection(), who, known.box, mask, part.soft_cap).astype(jnp.int32)
-
-    chosen = choice() if known.begun is None else lax.cond(start < offset, lambda: known.begun, choice)
     pages = jnp.sort(jnp.where(chosen < 0, P, chosen))
-    ends = jnp.arange(P + 1) * rule.page
+    ends = jnp.arange(P + 1) * page
     ranks = (ends - tail.begin).clip(0, tail.before) + (ends - tail.resume).clip(0, tail.count - tail.before)
     begin, end = (ranks[at.clip(max=P)].astype(jnp.int32) for at in (pages, pages + 1))
     rest = (ranks[1:] > ranks[:-1]) & ~(jnp.arange(P)[:, None] == pages[None]).any(1)
-    return chosen, rest, selection.keys_of(chosen, rule.page), (begin, end)
+    return rest, (begin, end)
 
 
 def _passing(rank: Int[Array, " m"], spans: tuple[Array, Array]) -> Int[Array, " m"]:

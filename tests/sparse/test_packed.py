@@ -57,6 +57,6 @@ def test_certificates_hold_in_segments():
 def test_growing_boxes_end_as_those_of_the_pages():
     key = jnp.asarray(draw(1, B=1, T=T, K=1).key[0, :, 0], jnp.float32)
     mask = Mask(num_queries=T, num_keys=T, **dict.fromkeys(("query_segments", "key_segments"), jnp.zeros((1, T), int)))
-    boxes = np.asarray(growing_boxes(key, sort(mask, 4, 3).page, 3))
+    boxes = np.asarray(growing_boxes(key, sort(mask, 4).start, 3))
     expected = np.asarray(paged(key[None, None], key[None, None], 3, None).box[0, 0])
     np.testing.assert_array_equal(boxes[np.append(np.arange(2, T, 3), T - 1)], expected)

@@ -48,6 +48,26 @@ def test_certificates_fail_no_more_often_with_heavy_pages(family):
     assert most(found.error > found.bound) <= ALLOWED
 
 
+@pytest.mark.parametrize("method", [METHOD, HEAVY], ids=["sampled", "with heavy pages"])
+def test_certificates_of_a_segment_are_what_they_are_alone(method):
+    """The tokens of a problem among twice as many of another, with huge values: 2,048 draws, and the same sample."""
+    operands, others = problem("shifted end", S, H), problem("huge value", 2 * S, H)
+    where = np.random.default_rng(0).permutation(3 * S - QUERIES) < S - QUERIES
+    where = np.append(where, np.ones(QUERIES, bool))  # the queries are the last tokens of their segment
+    packed = [np.empty((1, 3 * S, *x.shape[2:]), x.dtype) for x in operands[1:]]
+    for x, mine, theirs in zip(packed, operands[1:], others[1:], strict=True):
+        x[:, where], x[:, ~where] = mine, theirs
+    segments = {"query_segment_ids": np.full((1, QUERIES), 5), "key_value_segment_ids": np.where(where, 5, 0)[None]}
+    alone = drawn(operands, 8.0, method, seed=1, draws=DRAWS)
+    found = drawn((operands[0], *packed), 8.0, method, seed=1, draws=DRAWS, **segments)
+    assert most(found.error > found.bound) <= ALLOWED
+    # The same keys in the same order: sums of at most S terms, each with a relative error of S units of float32.
+    np.testing.assert_allclose(found.output, alone.output, atol=2 * S * 2**-24 * np.abs(operands[2]).max())
+    # Certificates count the rounding of sums over all 3 S keys, e = 3 S 2^-24 of each of fewer than 10 sums, which the
+    # difference below the fraction line can make twice as large at the median row.
+    assert np.median(np.abs(found.bound / alone.bound - 1)) < 20 * 3 * S * 2**-24
+
+
 def test_a_heavy_key_is_kept_and_its_weight_out_of_the_range():
     """The page of one key 20 times as long as the others is chosen, and the median bound falls below half of what it
     is where samples have to find that key."""
