@@ -50,16 +50,19 @@ def test_certificates_fail_no_more_often_with_heavy_pages(family):
 
 @pytest.mark.parametrize("method", [METHOD, HEAVY], ids=["sampled", "with heavy pages"])
 def test_certificates_of_a_segment_are_what_they_are_alone(method):
-    """The tokens of a problem among twice as many of another, with huge values: 2,048 draws, and the same sample."""
-    operands, others = problem("shifted end", S, H), problem("huge value", 2 * S, H)
-    where = np.random.default_rng(0).permutation(3 * S - QUERIES) < S - QUERIES
-    where = np.append(where, np.ones(QUERIES, bool))  # the queries are the last tokens of their segment
+    """The tokens of a problem among twice as many of another, twice as large: 2,048 draws, and the same sample."""
+    operands, others = problem("shifted end", S, H), [2 * x for x in problem("iid", 2 * S, H)]
+    where = np.random.default_rng(0).permutation(3 * S - 2 * QUERIES) < S - QUERIES
+    where = np.append(where, np.repeat([False, True], QUERIES))  # the queries are the last tokens
     packed = [np.empty((1, 3 * S, *x.shape[2:]), x.dtype) for x in operands[1:]]
     for x, mine, theirs in zip(packed, operands[1:], others[1:], strict=True):
         x[:, where], x[:, ~where] = mine, theirs
-    segments = {"query_segment_ids": np.full((1, QUERIES), 5), "key_value_segment_ids": np.where(where, 5, 0)[None]}
+    ids = np.where(where, 5, 0)[None]
+    segments = {"query_segment_ids": ids[:, -2 * QUERIES :], "key_value_segment_ids": ids}
+    query = np.concatenate([others[0], operands[0]], axis=1)
     alone = drawn(operands, 8.0, method, seed=1, draws=DRAWS)
-    found = drawn((operands[0], *packed), 8.0, method, seed=1, draws=DRAWS, **segments)
+    both = drawn((query, *packed), 8.0, method, seed=1, draws=DRAWS, **segments)
+    found = Drawn(*(x[:, QUERIES:] for x in both))
     assert most(found.error > found.bound) <= ALLOWED
     # The same keys in the same order: sums of at most S terms, each with a relative error of S units of float32.
     np.testing.assert_allclose(found.output, alone.output, atol=2 * S * 2**-24 * np.abs(operands[2]).max())
