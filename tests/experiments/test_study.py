@@ -125,9 +125,16 @@ def test_uniform_weights_put_their_mean_on_the_first_token():
     assert sinks.uniform(64) == pytest.approx(weights[:, 0].mean(), rel=1e-14)
 
 
+def test_every_rule_that_is_trained_has_a_name_of_its_own():
+    names = [lr_x_scale._rule({"axes": axes}) for axes in lr_x_scale.RULES.points]
+    assert len(set(names)) == len(names) == 8
+    assert names[0] == "1/sqrt(H)"
+    assert names[-3:] == ["1/sqrt(H), soft cap 15", "1/sqrt(H), sigma-reparametrised", "1/sqrt(H), gated"]
+
+
 def test_sensitivity_is_the_mean_loss_above_the_lowest_with_divergence_as_untrained():
     def point(rate, last, diverged=None):
-        axes = {"model.scale_rule": "1/H", "soft_cap": None}
+        axes = lr_x_scale.PLAIN | {"model.scale_rule": "1/H"}
         evaluations = [{"loss": 5.0}, {"loss": last}]
         return {"axes": axes, "seed": 0, "learning_rate": rate, "evaluations": evaluations, "diverged_at": diverged}
 
