@@ -49,7 +49,7 @@ class Sampled(Paged):
 
     Cost: with n = sinks + query_block + window (twice that where not causal) + heavy page + samples keys a tile, 2 T n
     (H + E) operations a head: linear in T, and 4 S / page H for each query that chooses heavy pages. Memory
-    O((T + S) (H + E) + G query_block n).
+    O((T + S) (H + E) + G query_block n). With segments a tile more for each, and a sort.
     Error bound: probabilistic, at each row with probability 1 - delta over the draw of `params`: numerator and
     denominator by Bernstein bounds for samples of any size (`attention.sparse.deviations`), given a sound range of
     e^l among the keys left, from norms and from the boxes of their pages; never more than the distance of two values.

@@ -78,7 +78,9 @@ class Weighted(NamedTuple):
     value: Float[Array, "n E"]
 
 
-def tile_at(rule: Rule, mask: Mask, start, at: Int[Array, " R"], seed: Array, chosen: Int[Array, " h"] | None, dtype):
+def tile_at(
+    rule: Rule, mask: Mask, start, at: Int[Array, " R"], seed: Array, chosen: Int[Array, " h"] | None, dtype
+) -> Tile:
     """What the queries `at` read, a tile that begins at `start`, of keys that are counted from the first of them."""
     C, S, width = rule.query_block, mask.num_keys, rule.width(mask)
     low = (start - rule.window).clip(0, S)
