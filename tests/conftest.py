@@ -61,6 +61,17 @@ def pytest_addoption(parser):
     parser.addoption("--soundness", help="a folder: what `record_ratios` took down is written there")
 
 
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def few_maps():
+    """Linux gives a process 65,530 maps of memory, of which a program takes up to 200: beyond them XLA dies."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def record_ratios(record_property):
     """Takes down the error over its bound of each case, by quantity, and what they are of."""
