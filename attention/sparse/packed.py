@@ -39,7 +39,7 @@ def packed_tiles(
 
     def tile(start):
         own = alone(order, mask, query, start, rule.query_block)
-        box, count = own.boxes(boxes, C), own.mask.key_lengths[0]
+        box, count = own.boxes(boxes, C), own.length
         pages, there = read(rule, own.position, choice(rule, own.who, box, own.mask, cap), P, own.mask)
         keys = keys_of(pages, C)
         exists = jnp.repeat(there, C) & (keys < count)

@@ -95,7 +95,7 @@ def _by_segments(rule: Rule, part: Inputs, order: Sorted, seed: Array, pages: Kn
             first=own.first,
             lead=order.key[own.first.clip(0, mask.num_keys - 1)],
             keys=keys,
-            reads=found.reads & (found.keys < own.mask.key_lengths[0]),
+            reads=found.reads & (found.keys < own.length),
         )
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), result(found, box)), own.mine
 

@@ -66,7 +66,7 @@ class Alone(NamedTuple):
         at: the places of its rows in the order, the last of them twice where they would lie beyond its end.
         mine: which rows are the tile's.
         position: its first position, counted in the segment.
-        first: the place of the segment's first key.
+        first, length: the place of the segment's first key, and how many it has.
         mask: band and length of the segment.
         who: its rows, and who chooses pages for it.
     """
@@ -75,13 +75,14 @@ class Alone(NamedTuple):
     mine: Bool[Array, " R"]
     position: Int[Array, ""]
     first: Int[Array, ""]
+    length: Int[Array, ""]
     mask: Mask
     who: Tile
 
     def boxes(self, growing: Float[Array, "S X"], C: int) -> Float[Array, "P X"]:
         """Those of the segment's pages, out of `growing_boxes`."""
         S = len(growing)
-        last = jnp.minimum(C * (jnp.arange(-(-S // C)) + 1), self.mask.key_lengths) - 1
+        last = jnp.minimum(C * (jnp.arange(-(-S // C)) + 1), self.length) - 1
         return growing[(self.first + last).clip(0, S - 1)]
 
 
@@ -92,14 +93,14 @@ def alone(order: Sorted, mask: Mask, query: Float[Array, "G T H"], start, block:
     at = rows.clip(0, T - 1)
     mine = (rows < T) & (order.tile[at] == order.tile[start])
     first, position = order.first[start], order.rank[start] // block * block
-    length = (order.end[start] - first)[None]
-    own = Mask(num_queries=T, num_keys=S, causal=mask.causal, window=mask.window, key_lengths=length)
+    length = order.end[start] - first
+    own = Mask(num_queries=T, num_keys=S, causal=mask.causal, window=mask.window, key_lengths=length[None])
     if mask.causal:
         who = Tile(rows, position, lax.dynamic_slice_in_dim(query, start, 1, axis=1), jnp.ones(1, bool))
     else:
         exists = order.query[at] < (T if mask.query_lengths is None else mask.query_lengths[0])
         who = Tile(rows, position, query[:, at], mine & exists)
-    return Alone(at, mine, position, first, own, who)
+    return Alone(at, mine, position, first, length, own, who)
 
 
 def _starts(*columns: Int[Array, " N"]) -> Int[Array, " N"]:
