@@ -149,7 +149,10 @@ study = Study(
 smoke = Study(
     sweep=Sweep(
         base=dataclasses.replace(SMALL, data=Data(task="mqar", symbols=4, pairs=2, batch=4)),
-        axes=_axes(attention.Exact(), [16], [2], [1e-3, 1e-2], [1.0]),
+        axes=either(
+            _axes(attention.Exact(), [16], [2], [1e-3, 1e-2], [1.0]),
+            _axes(attention.Performer(features=4), [16], [2], [1e-2], [1.0]),
+        ),
     ),
     measure=measure,
     figure=figure,
