@@ -65,10 +65,10 @@ MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(autouse=True)
-def few_maps():
+def few_maps(request):
     """Linux gives a process 65,530 maps of memory, of which a program takes up to 200: beyond them XLA dies."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
+    if request.node.get_closest_marker("campaign") and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
 
 
