@@ -5,7 +5,6 @@ tiles choose; then the kernel in C reads what they chose where there is one, and
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from attention.sparse.gathered import Found, attend
 from attention.sparse.odds import odds_of_the_rest
 from attention.sparse.pages import Pages
 from attention.sparse.rows import aligned
-from attention.sparse.selection import Selection, Tile, choice, choosers, keys_of, read
+from attention.sparse.selection import Selection, choice, choosers, keys_of, read, unless_begun
 
 
 class Cut(NamedTuple):
@@ -80,7 +79,7 @@ def _choices(rule: Selection, query: Float[Array, "G T H"], box, mask: Mask, cut
         position = rows[0] + cut.offset
         position = position // rule.query_block * rule.query_block if mask.causal else position
         who = choosers(query, mask, rows, position, cut.offset)
-        chosen = _unless(begun, who, cut.offset, lambda: choice(rule, who, box, mask, cap))
+        chosen = unless_begun(begun, who, cut.offset, lambda: choice(rule, who, box, mask, cap))
         return Choices(*read(rule, who.position, chosen, P, mask), chosen)
 
     return _each(tile, cut)
@@ -88,11 +87,6 @@ def _choices(rule: Selection, query: Float[Array, "G T H"], box, mask: Mask, cut
 
 def _each(tile, cut: Cut):
     return lax.map(tile, jnp.arange(cut.count)) if cut.count > 1 else jax.tree.map(lambda x: x[None], tile(0))
-
-
-def _unless(begun, tile: Tile, offset, choice: Callable[[], Int[Array, " n"]]) -> Int[Array, " n"]:
-    """What a tile chose when it began, if that was before the first of these queries."""
-    return choice() if begun is None else lax.cond(tile.position < offset, lambda: begun, choice)
 
 
 def _by_gathering(rule: Selection, part: Inputs, pages: Pages, cut: Cut, choices: Choices, limit, *, certified: bool):

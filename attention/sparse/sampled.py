@@ -113,10 +113,11 @@ class Sampled(Paged):
         return Params(constants={"seed": jax.random.bits(rng, (2,), jnp.uint32)})
 
     def attend(self, inputs: Inputs) -> Float[Array, "B K G T E"]:
-        return self._over_tiles(inputs, lambda part, n, tile, box: weighted(part, tile).output)
+        return self._over_tiles(inputs, self._order(inputs), lambda part, n, tile, box: weighted(part, tile).output)
 
     def certify(self, inputs: Inputs) -> tuple[Float[Array, "B K G T E"], Certificate]:
-        limits = lax.stop_gradient(limits_of(inputs, self._order(inputs)))
+        order = self._order(inputs)
+        limits = lax.stop_gradient(limits_of(inputs, order))
         numbers = (2 * rounding_bound(inputs, rescalings=1), odds_rounding(inputs, rescalings=0))
         shape = (-1, *inputs.query.shape[2:4])
         numbers = tuple(jnp.broadcast_to(x, inputs.query.shape[:-1]).reshape(shape) for x in numbers)
@@ -127,7 +128,7 @@ class Sampled(Paged):
             more = rounding[:, tile.at], odds[:, tile.at], self.delta
             return found.output, *row_bounds(part, tile, found, own, box, *more)
 
-        output, bound, mass = self._over_tiles(inputs, result)
+        output, bound, mass = self._over_tiles(inputs, order, result)
         seen, S = sees_any(inputs.mask), inputs.mask.num_keys
         kept = self._rule().width(inputs.mask) + min(self.sinks, S) + self.heavy * self.page
         read = min(1.0, (kept + min(self.samples, S)) / S)
@@ -156,9 +157,8 @@ class Sampled(Paged):
         output, chosen = over_tiles(self._rule(), whole, None, self._seed(whole), pages, result)
         return output, chosen[:, :, :1, -1]
 
-    def _over_tiles(self, inputs: Inputs, result) -> Any:
+    def _over_tiles(self, inputs: Inputs, order: Sorted | None, result) -> Any:
         """`result(part, n, tile, box)` for one key head n and tile after another, `B K G T ...`."""
-        order = self._order(inputs)
         pages = known(inputs, order, self.page) if self.heavy else None
         return over_tiles(self._rule(), inputs, order, self._seed(inputs), pages, result)
 

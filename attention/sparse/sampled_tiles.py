@@ -71,7 +71,7 @@ def _in_turn(rule: Rule, part: Inputs, seed: Array, pages: Known | None, result)
         if pages is not None:
             who = selection.choosers(query, mask, rows, start, offset)
             choice = functools.partial(_choice, rule, who, pages.box, mask, part.soft_cap)
-            chosen = choice() if pages.begun is None else lax.cond(start < offset, lambda: pages.begun, choice)
+            chosen = selection.unless_begun(pages.begun, who, offset, choice)
         found = tile_at(rule, mask, start, rows, seed, chosen, query.dtype)
         return result(found, None if pages is None else pages.box)
 

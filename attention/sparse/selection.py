@@ -1,5 +1,6 @@
 """Which pages a tile of queries reads."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -67,6 +68,11 @@ def choice(rule: Selection, tile: Tile, box: Float[Array, "P X"], mask: Mask, ca
     free &= every >= -(-rule.sinks // C)
     best, top = lax.top_k(jnp.where(free, _scores(tile, box, free, cap), -jnp.inf), min(P, rule.blocks))
     return jnp.where(best == -jnp.inf, -1, top)  # NaN is chosen, so that it cannot go unnoticed
+
+
+def unless_begun(begun, tile: Tile, offset, choice: Callable[[], Int[Array, " n"]]) -> Int[Array, " n"]:
+    """What a tile chose when it began, if that was before the first of these queries."""
+    return choice() if begun is None else lax.cond(tile.position < offset, lambda: begun, choice)
 
 
 def _around(rule: Selection, start, P: int, mask: Mask):
