@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from attention import Params, Sampled, dot_product_attention
 from attention.sparse import sampled_bounds, tail
 from attention.testing.accuracy import most_failures
 from attention.testing.cases import draw
+from attention.testing.oracle import oracle
 from experiments.coverage import FAMILIES, QUERIES, Drawn, drawn, farthest, problem
 
 S, H, DRAWS = 400, 8, 2048
@@ -69,6 +71,23 @@ def test_certificates_of_a_segment_are_what_they_are_alone(method):
     # Certificates count the rounding of sums over all 3 S keys, e = 3 S 2^-24 of each of fewer than 10 sums, which the
     # difference below the fraction line can make twice as large at the median row.
     assert np.median(np.abs(found.bound / alone.bound - 1)) < 20 * 3 * S * 2**-24
+
+
+def test_no_visible_key_of_a_segment_is_outside_of_what_is_kept_and_sampled():
+    """With as many samples as keys all are read: in a window, where a query is no such number of its segment's queries
+    as its key is of the keys."""
+    case = draw(5, T=8, S=24).astype(jnp.float32)
+    keys = np.repeat([[1, 0]], [6, 18], axis=1).repeat(2, axis=0)
+    ids = {"query_segment_ids": np.zeros((2, 8), int), "key_value_segment_ids": keys}
+    method = Sampled(samples=24, window=1, sinks=1, query_block=2)
+    options = {"local_window_size": (1, 1), "rng": jax.random.key(0)}
+    output = dot_product_attention(*case, method=method, **ids, **options)
+    expected, _ = oracle(*case, local_window_size=(1, 1), **ids)
+    assert np.abs(expected).max() > 0
+    # A logit is off by (H + 2) u |q| |k| / sqrt(H) at most, above and below the fraction line; 3 terms, each rounded.
+    longest = [np.linalg.norm(x, axis=-1).max() for x in case]
+    relative = (8 + 2) * 2**-24 * longest[0] * longest[1] / 8**0.5 + 8 * 2**-24
+    np.testing.assert_allclose(output, expected, rtol=0, atol=2 * relative * longest[2])
 
 
 def test_a_heavy_key_is_kept_and_its_weight_out_of_the_range():
