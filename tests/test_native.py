@@ -25,16 +25,18 @@ from attention.testing.cases import Case, draw, rounding, run
 NATIVE = Fused(implementation="native")
 
 
-def test_the_polynomial_is_what_the_bound_takes_it_for():
+@pytest.mark.parametrize("above", (0, 1))
+def test_the_polynomials_are_what_the_bound_takes_them_for(above):
     """0.1 units of roundoff at most, and exactly 1 at 0, so that a row's largest weight is exact."""
-    assert build.remainder() < 0.1 * 2.0**-24
-    rising = [float.fromhex(number.rstrip("f")) for number in build.coefficients().split(",")]
+    assert build.remainder(build.DEGREE, above) < 0.1 * 2.0**-24
+    rising = build.coefficients(build.DEGREE, above)
     assert rising[0] == 1
-    f = np.linspace(-0.5, 0.5, 10_001)
-    # Coefficients but the first are rounded by a roundoff each, which their terms, below ln(2) / 2 together, halve.
+    f = np.linspace(0, 1, 10_001) - (0 if above else 0.5)
+    # Coefficients but the first are rounded by a roundoff each, which their terms, up to half of 2^f together, halve.
     assert np.max(np.abs(np.polynomial.polynomial.polyval(f, rising) / np.exp2(f) - 1)) < (0.1 + 0.5) * 2.0**-24
-    slope = np.expm1(f * np.log(2)) / np.where(f == 0, np.inf, f) + np.where(f == 0, np.log(2), 0)
-    assert np.max(np.abs(np.polynomial.polynomial.polyval(f, rising[1:]) / slope - 1)) < 2.0**-24
+    if not above:  # the cap takes 2^f - 1 from it
+        slope = np.expm1(f * np.log(2)) / np.where(f == 0, np.inf, f) + np.where(f == 0, np.log(2), 0)
+        assert np.max(np.abs(np.polynomial.polynomial.polyval(f, rising[1:]) / slope - 1)) < 2.0**-24
 
 
 @pytest.fixture

@@ -20,10 +20,11 @@ typedef struct {
   int64_t rows, each; /* of all strips; at a time */
 } wanted;
 
-/* A tile of keys from `start` on, the panels still to pass over it, this one too, and what is asked for meanwhile: by
- * the end of this panel's pass, and of the last one's. */
+/* A tile of keys from `start` on, the panels that pass over it and those still to do so, this one too, and what is asked
+ * for meanwhile: by the end of this panel's pass, and of the last one's, but not in the first half of them, or it would be
+ * evicted before it is read. */
 typedef struct {
-  int64_t b, start, left;
+  int64_t b, start, panels, left;
   wanted soon, later;
 } tile;
 
@@ -40,9 +41,9 @@ INLINE void ask(wanted *w) {
   for (int64_t n = 0; n < w->each && w->count; n++, w->rows--) {
     const int last = w->count - 1;
     const char *at = w->strips[last].at;
-    for (int64_t i = 0; i < w->strips[last].bytes; i += LINE) /* for the second-level cache */
-      if (w->strips[last].written) __builtin_prefetch(at + i, 1, 2);
-      else __builtin_prefetch(at + i, 0, 2);
+    for (int64_t i = 0; i < w->strips[last].bytes; i += LINE) /* for all caches: hints for the second alone get lost */
+      if (w->strips[last].written) __builtin_prefetch(at + i, 1, 3);
+      else __builtin_prefetch(at + i, 0, 3);
     w->strips[last].at = at + w->strips[last].step;
     if (--w->strips[last].rows == 0) w->count--;
   }
@@ -52,7 +53,7 @@ INLINE void ask(wanted *w) {
 INLINE void pace(tile *t, stretch keys) {
   const int64_t blocks = (keys.end - keys.begin) / ROWS;
   t->soon.each = (t->soon.rows + blocks - 1) / blocks;
-  t->later.each = (t->later.rows + blocks * t->left - 1) / (blocks * t->left);
+  t->later.each = 2 * t->left > t->panels + 1 ? 0 : (t->later.rows + blocks * t->left - 1) / (blocks * t->left);
 }
 
 INLINE void ask_ahead(tile *t) { ask(&t->soon), ask(&t->later); }

@@ -95,7 +95,7 @@ static void tile_of_keys(const problem *p, const room *r, const block *x, int64_
   const operand keys = beyond(p->key, at_key(p, x->b, first, x->k, p->H));
   const operand values = beyond(p->value, at_key(p, x->b, first, x->k, p->E));
   float *d_keys = sums + start * wide_h, *d_values = sums + p->S * wide_h + start * wide_e;
-  tile t = {.b = x->b, .start = start, .left = x->panels};
+  tile t = {.b = x->b, .start = start, .panels = x->panels, .left = x->panels};
   pack_tile(r->keys, wide_h, keys, p->K * p->H, first - start, count, p->H);
   pack_tile(r->values, wide_e, values, p->K * p->E, first - start, count, p->E);
   want_next(&t, p, x->k, x->end, next);

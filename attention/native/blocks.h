@@ -8,7 +8,8 @@
 #include "sight.h"
 
 #define STATE (1 << 17) /* numbers of a block's queries and outputs: half of a second-level cache */
-#define SLACK 4 /* powers of two; docs/bounds.md counts what they cost */
+#define MOST (2 * KEYS) /* that the weights of a tile may sum to before their level rises; docs/bounds.md counts what it costs */
+#define SLACK 4 /* powers of two that a logit may lie above the level; docs/bounds.md counts what they cost */
 
 /* What the panels of a block have found: sums of weighted values and of weights, relative to levels. */
 typedef struct {
@@ -65,7 +66,7 @@ INLINE void pass(const problem *p, place at, place next, const sofar *f, const v
   }
   for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
     const int64_t first = most(start, begin), count = least(end, start + KEYS) - first;
-    tile here = {.b = b, .start = start, .left = panels};
+    tile here = {.b = b, .start = start, .panels = panels, .left = panels};
     int32_t range[2];
     int packed = 0;
     segment_range(p, b, start, range);

@@ -21,7 +21,7 @@ KEYS = 128  # of a tile: with a panel of queries their weights fill half of a fi
 QUERIES = 256  # of a block of a backward pass, whose state stays in a second-level cache while tiles pass by
 PARTS = 4  # of a list of pages
 ITEMS = 16  # that threads should have to share
-DEGREE, SHORT_DEGREE = 6, 4  # of the polynomial for 2^f, and of that for weights of 16 bits; even, so that 2^0 = 1
+DEGREE, SHORT_DEGREE = 6, 4  # of the polynomials for 2^f, and of that for weights of 16 bits; even, so that 2^0 = 1
 
 SOURCES = Path(__file__).parent
 TARGETS = tuple(f"attention_lab_{name}" for name in ("forward", "decode", "backward", "read", "halved", "paged"))
@@ -62,8 +62,7 @@ def built() -> Path:
         RuntimeError: there is no compiler, or it fails; the message says what to do.
         OSError: the folder cannot be written.
     """
-    powers = f"-DPOWER={coefficients()}", f"-DSHORT_POWER={coefficients(SHORT_DEGREE)}"
-    command = [*compiler(), *FLAGS, *powers, f"-I{jax.ffi.include_dir()}"]
+    command = [*compiler(), *FLAGS, *powers(), f"-I{jax.ffi.include_dir()}"]
     library = cache_folder() / f"native-{identity(command)}.so"
     if library.exists():
         return library
@@ -125,18 +124,33 @@ def processor() -> str:
     return f"{platform.system()} {platform.machine()} {platform.processor()} {able}"
 
 
-def coefficients(degree: int = DEGREE) -> str:
-    """Of the polynomial that equals 2^f at the Chebyshev nodes of [-1/2, 1/2], rising, as numbers in C.
+def powers() -> tuple[str, ...]:
+    """The polynomials for 2^f, as the kernel's sources name them."""
+    named = {"POWER": coefficients(DEGREE, 0), "POWER_ABOVE": coefficients(DEGREE, 1)}
+    named["SHORT_POWER_ABOVE"] = coefficients(SHORT_DEGREE, 1)
+    return tuple(f"-D{name}={','.join(f'{number.hex()}f' for number in rising)}" for name, rising in named.items())
 
-    With d the degree it errs by at most 2 4^-(d + 1) ln(2)^(d + 1) sqrt(2) / (d + 1)!, relative to at least
-    sqrt(1/2): for d = 6 by 0.07 units of roundoff. One node is 0, so that 2^0 = 1.
+
+def coefficients(degree: int, above: int) -> list[float]:
+    """Of the polynomial that equals 2^f at Chebyshev nodes of [-1/2, 1/2], or of [0, 1] where f lies `above`; rising.
+
+    One node is 0, so that 2^0 = 1: the one in the middle, or the lowest, below which an interval that ends at 1 goes on.
     """
-    nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) / 2
+    nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) * half_width(degree, above)
+    nodes -= above * nodes[-1]
     rising = np.linalg.solve(np.vander(nodes, increasing=True), np.exp2(nodes))
-    return ",".join(f"{float(np.float32(number)).hex()}f" for number in rising)
+    return [float(np.float32(number)) for number in rising]
 
 
-def remainder(degree: int = DEGREE) -> float:
-    """The bound on the relative remainder of the polynomial."""
+def half_width(degree: int, above: int) -> float:
+    """Half of the interval of `coefficients`."""
+    return 1 / (1 + math.cos(math.pi / (2 * degree + 2))) if above else 0.5
+
+
+def remainder(degree: int, above: int) -> float:
+    """The bound on the polynomial's relative remainder: 2 (w ln(2) / 2)^(d + 1) / (d + 1)! times 2, with w half the width.
+
+    The derivatives of 2^f at one end of the interval are at most 2 times 2^f at the other.
+    """
     n = degree + 1
-    return 2 * 4.0**-n * math.log(2) ** n * 2 / math.factorial(n)
+    return 2 * (half_width(degree, above) * math.log(2) / 2) ** n * 2 / math.factorial(n)

@@ -22,63 +22,97 @@ static room room_for(const problem *p) {
   return (room){at[0], at[1], at[2], at[3], {at[4], at[5], at[6], (sight *)at[7]}};
 }
 
-/* Where a logit lies more than SLACK above the level that exponentials are relative to, it becomes the level, and sums
- * from the old one are rescaled; elsewhere all stays as it is, as 2^0 = 1. */
-static void raise(vec levels[COLUMNS], const vec largest[COLUMNS], vec totals[COLUMNS], float *kept, float *weights,
-                  int count) {
-  for (int j = 0; j < COLUMNS; j++) {
-    vec before = levels[j];
-    levels[j] = pick(largest[j] > before + SLACK, largest[j], before);
-    vec factor = power(before - or_zero(levels[j]));
-    totals[j] *= factor;
-    store(kept + j * LANES, load(kept + j * LANES) * factor);
-    for (int i = 0; i < count; i++) {
-      float *at = weights + i * PANEL + j * LANES;
-      store(at, load(at) * factor);
+/* The logits of ROWS keys from `key` on, in powers of two, for a panel of queries. */
+INLINE void logits_of(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, int key,
+                      vec block[ROWS][COLUMNS]) {
+  ask_ahead(t);
+  product(block, p->H, r->keys + key * p->H, p->H, 1, r->queries + panel * p->H * PANEL, PANEL);
+  if (p->caps) cap(p, t->b, block, 0);
+  if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
+}
+
+/* 2^(logits - shift), kept and added to the totals. */
+INLINE void weights_from(const vec block[ROWS][COLUMNS], const vec shift[COLUMNS], float *weights, vec totals[COLUMNS]) {
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < COLUMNS; j++) {
+      vec weight = power(block[i][j] - shift[j]);
+      totals[j] += weight;
+      store(weights + i * PANEL + j * LANES, weight);
     }
+}
+
+/* The weights of a tile of keys for a panel of queries, relative to levels that stay, and their sums. Which levels should
+ * have risen is in `rises`: those that are none yet, and those to which weights are large, as their sum tells; what
+ * other queries see does not matter. If there are any it returns 0, and has changed nothing. */
+static __attribute__((noinline)) int weigh(const problem *p, const room *r, tile *t, int64_t panel, stretch keys,
+                                           ivec rises[COLUMNS]) {
+  float *levels = r->found.levels + panel * PANEL, *sums = r->found.sums + panel * PANEL;
+  vec block[ROWS][COLUMNS], shift[COLUMNS], totals[COLUMNS];
+  ivec some = {0}, none = {0};
+  UNROLLED for (int j = 0; j < COLUMNS; j++) {
+    rises[j] = load(levels + j * LANES) == -INFINITY, some |= ~rises[j];
+    shift[j] = or_zero(load(levels + j * LANES)), totals[j] = (vec){0};
+  }
+  if (!any(some)) return 0;
+  pace(t, keys);
+  for (int key = keys.begin; key < keys.end; key += ROWS) {
+    logits_of(p, r, t, panel, keys, key, block);
+    weights_from(block, shift, r->weights + key * PANEL, totals);
+  }
+  UNROLLED for (int j = 0; j < COLUMNS; j++) none |= rises[j] |= totals[j] > MOST;
+  if (any(none)) return 0;
+  UNROLLED for (int j = 0; j < COLUMNS; j++) store(sums + j * LANES, load(sums + j * LANES) + totals[j]);
+  return 1;
+}
+
+/* What a panel has found so far, relative to levels that have risen. */
+static void rescale(const problem *p, const room *r, int64_t panel, const float factors[PANEL]) {
+  const int64_t width = up_to(p->E, PANEL);
+  for (int64_t q = 0; q < PANEL; q++) {
+    const int64_t row = panel * PANEL + q;
+    r->found.sums[row] *= factors[q];
+    for (int64_t e = 0; factors[q] != 1 && e < width; e += LANES)
+      store(r->found.outputs + row * width + e, load(r->found.outputs + row * width + e) * factors[q]);
   }
 }
 
-/* The weights of a tile of keys for a panel of queries, and their sums. What came before is to be multiplied by `kept`. */
-static void weigh(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
-  const float *queries = r->queries + panel * p->H * PANEL;
-  float *tops = r->found.levels + panel * PANEL, *sums = r->found.sums + panel * PANEL;
-  vec block[ROWS][COLUMNS], levels[COLUMNS], largest[COLUMNS], totals[COLUMNS];
-  UNROLLED for (int j = 0; j < COLUMNS; j++) {
-    levels[j] = load(tops + j * LANES), totals[j] = (vec){0};
-    store(kept + j * LANES, fill(1));
-  }
+/* As above, but that levels which are to rise become the largest of the tile's logits, once these are known. */
+static __attribute__((noinline)) void weigh_rising(const problem *p, const room *r, tile *t, int64_t panel, stretch keys,
+                                                   const ivec rises[COLUMNS]) {
+  float *levels = r->found.levels + panel * PANEL, *sums = r->found.sums + panel * PANEL, factors[PANEL];
+  vec block[ROWS][COLUMNS], level[COLUMNS], shift[COLUMNS], totals[COLUMNS];
+  UNROLLED for (int j = 0; j < COLUMNS; j++) level[j] = load(levels + j * LANES);
   pace(t, keys);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
-    ask_ahead(t);
-    product(block, p->H, r->keys + key * p->H, p->H, 1, queries, PANEL);
-    if (p->caps) cap(p, t->b, block, 0);
-    if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
-    UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = block[0][j];
-    UNROLLED for (int i = 1; i < ROWS; i++)
-      UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = larger(block[i][j], largest[j]);
-    ivec higher = {0};
-    UNROLLED for (int j = 0; j < COLUMNS; j++) higher |= largest[j] > levels[j] + SLACK;
-    if (any(higher)) raise(levels, largest, totals, kept, r->weights + keys.begin * PANEL, key - keys.begin);
+    logits_of(p, r, t, panel, keys, key, block);
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++) {
-        vec weight = power(block[i][j] - or_zero(levels[j]));
-        totals[j] += weight;
-        store(r->weights + (key + i) * PANEL + j * LANES, weight);
+        level[j] = pick(rises[j], larger(block[i][j], level[j]), level[j]);
+        store(r->weights + (key + i) * PANEL + j * LANES, block[i][j]);
       }
   }
-  UNROLLED for (int j = 0; j < COLUMNS; j++) {
-    store(tops + j * LANES, levels[j]);
-    store(sums + j * LANES, load(sums + j * LANES) * load(kept + j * LANES) + totals[j]);
+  for (int j = 0; j < COLUMNS; j++) {
+    shift[j] = or_zero(level[j]), totals[j] = (vec){0};
+    store(factors + j * LANES, power(load(levels + j * LANES) - shift[j]));
+    store(levels + j * LANES, level[j]);
   }
+  rescale(p, r, panel, factors);
+  for (int key = keys.begin; key < keys.end; key += ROWS) {
+    float *weights = r->weights + key * PANEL;
+    UNROLLED for (int i = 0; i < ROWS; i++)
+      UNROLLED for (int j = 0; j < COLUMNS; j++) block[i][j] = load(weights + i * PANEL + j * LANES);
+    weights_from(block, shift, weights, totals);
+  }
+  UNROLLED for (int j = 0; j < COLUMNS; j++) store(sums + j * LANES, load(sums + j * LANES) + totals[j]);
 }
 
 /* One tile of keys for one panel of queries. */
 static void step(const problem *p, const void *context, tile *t, int64_t panel, stretch keys) {
   const room *r = context;
   const int64_t width = up_to(p->E, PANEL);
-  float *outputs = r->found.outputs + panel * PANEL * width, kept[PANEL];
-  weigh(p, r, t, panel, keys, kept);
+  float *outputs = r->found.outputs + panel * PANEL * width;
+  ivec rises[COLUMNS];
+  if (!weigh(p, r, t, panel, keys, rises)) weigh_rising(p, r, t, panel, keys, rises);
   for (int64_t e = 0; e < width; e += PANEL)
     for (int q = 0; q < PANEL; q += ROWS) {
       const span seen = keys_of_rows(r->found.sights + panel, q, t->start, keys);
@@ -88,7 +122,7 @@ static void step(const problem *p, const void *context, tile *t, int64_t panel, 
       UNROLLED for (int i = 0; i < ROWS; i++)
         UNROLLED for (int j = 0; j < COLUMNS; j++) {
           float *at = outputs + (q + i) * width + e + j * LANES;
-          store(at, load(at) * kept[q + i] + block[i][j]);
+          store(at, load(at) + block[i][j]);
         }
     }
 }

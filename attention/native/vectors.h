@@ -83,6 +83,10 @@ INLINE vec slope_by(vec f, const float *coefficients, int degree) {
   return slope;
 }
 
+/* Coefficients, of which build.py bounds the remainders: for f in [-1/2, 1/2], and in [0, 1]. */
+static const float power_near[] = {POWER};
+#define DEGREE_OF(coefficients) ((int)(sizeof coefficients / sizeof *coefficients) - 1)
+
 /* 2^y = 2^n 2^f with n the nearest integer, to which a sum with 1.5 2^23 rounds, and 2^f near 1 + f slope. */
 typedef struct {
   ivec n;
@@ -90,34 +94,31 @@ typedef struct {
 } powers;
 
 /* y <= 0 counts as -127 below that. */
-INLINE powers powers_by(vec y, const float *coefficients, int degree) {
+INLINE powers powers_of(vec y) {
   const vec rounds = fill(12582912.0f);
   y = larger(fill(-127.0f), y);
   vec n = (y + rounds) - rounds, f = y - n;
-  return (powers){__builtin_convertvector(n, ivec), f, slope_by(f, coefficients, degree)};
+  return (powers){__builtin_convertvector(n, ivec), f, slope_by(f, power_near, DEGREE_OF(power_near))};
 }
 
-/* 2^y for y <= 0: exactly 0 at -inf, and NaN at NaN.
+/* 2^y for y <= 0, or not far above: exactly 0 at -inf, and NaN at NaN. The scaling adds n to the exponent's bits: exact down
+ * to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126.
  *
- * Horner's scheme adds 2 u, as its steps shrink by |f| ln 2 <= 0.35. The scaling adds n to the exponent's bits: exact
- * down to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126. Instructions for f and for the
- * scaling, where there are any, give the same down to there; they make f = 0 and 2^y = 0 of y = -inf.
- */
-INLINE vec power_by(vec y, const float *coefficients, int degree) {
+ * AVX-512 has instructions for f = y - n and for the scaling, with n the largest integer that is not above y. They give
+ * the same down to there, and make f = 0 and 2^y = 0 of y = -inf. */
 #if defined(__AVX512DQ__)
-  const vec f = (vec)_mm512_reduce_ps((__m512)y, 0);
-  return (vec)_mm512_scalef_ps((__m512)(slope_by(f, coefficients, degree) * f + 1), (__m512)(y - f));
-#else
-  const powers p = powers_by(y, coefficients, degree);
-  return (vec)((ivec)(p.slope * p.f + 1) + (p.n << 23));
-#endif
+static const float power_above[] = {POWER_ABOVE}, short_power_above[] = {SHORT_POWER_ABOVE};
+INLINE vec power_by(vec y, const float *coefficients, int degree) {
+  const vec f = (vec)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF);
+  return (vec)_mm512_scalef_ps((__m512)(slope_by(f, coefficients, degree) * f + 1), (__m512)y);
 }
-
-/* Coefficients, of which build.py bounds the remainders: POWER's by 0.1 u, SHORT_POWER's for what will have 16 bits. */
-static const float long_power[] = {POWER}, brief_power[] = {SHORT_POWER};
-#define DEGREE_OF(coefficients) ((int)(sizeof coefficients / sizeof *coefficients) - 1)
-INLINE powers powers_of(vec y) { return powers_by(y, long_power, DEGREE_OF(long_power)); }
-INLINE vec power(vec y) { return power_by(y, long_power, DEGREE_OF(long_power)); }
-INLINE vec short_power(vec y) { return power_by(y, brief_power, DEGREE_OF(brief_power)); }
+INLINE vec power(vec y) { return power_by(y, power_above, DEGREE_OF(power_above)); }
+INLINE vec short_power(vec y) { return power_by(y, short_power_above, DEGREE_OF(short_power_above)); }
+#else
+INLINE vec power(vec y) {
+  const powers p = powers_of(y);
+  return (vec)((ivec)(p.slope * p.f + 1) + (p.n << 23));
+}
+#endif
 
 #endif
