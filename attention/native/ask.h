@@ -3,8 +3,7 @@
 #ifndef ASK_H
 #define ASK_H
 
-#include "operand.h"
-#include "sight.h"
+#include "pack.h"
 
 #define LINE 64 /* bytes of a cache */
 #define STRIPS 8
@@ -20,10 +19,11 @@ typedef struct {
   int64_t rows, each; /* of all strips; at a time */
 } wanted;
 
-/* A tile of keys from `start` on, the panels that pass over it and those still to do so, this one too, and what is asked
+/* A tile of keys from `start` on, where it is packed, the panels that pass over it and those still to do so, this one too, and what is asked
  * for meanwhile: by the end of this panel's pass, and of the last one's, but not in the first half of them, or it would be
  * evicted before it is read. */
 typedef struct {
+  const float *keys, *values;
   int64_t b, start, panels, left;
   wanted soon, later;
 } tile;
@@ -73,12 +73,21 @@ INLINE void want_queries(wanted *w, const problem *p, int64_t b, int64_t k, int6
   want_panel(w, p, p->d_output, p->E, b, k, g, t, 0);
 }
 
-/* Keys and values of a tile, or their cotangents. */
+/* Keys and values of a tile, or their cotangents, as they lie in memory. */
 INLINE void want_keys(wanted *w, const problem *p, operand keys, operand values, int64_t b, int64_t k, int64_t start,
                       int written) {
   const int64_t rows = least(KEYS, p->S - start);
   want(w, keys, at_key(p, b, start, k, p->H), p->K * p->H, rows, p->H, written);
   want(w, values, at_key(p, b, start, k, p->E), p->K * p->E, rows, p->E, written);
+}
+
+/* The tile that will be read: what is packed of it, or what is to be packed. */
+INLINE void want_tile(wanted *w, const problem *p, int64_t b, int64_t k, int64_t start) {
+  enum { ROW = 4 * LINE / sizeof(float) };
+  if (p->packed && start + KEYS <= p->S)
+    want(w, (operand){FLOAT32, packed_tile(p, b, k, start)}, 0, ROW, tile_size(p) / ROW, ROW, 0);
+  else
+    want_keys(w, p, p->key, p->value, b, k, start, 0);
 }
 
 /* A block of queries, from `from` on, of a key head; none where there is no such batch. */
@@ -89,10 +98,10 @@ typedef struct {
 /* The tile after this one, or else the first tile and the first panel of a thread's next block. */
 INLINE void want_next(tile *t, const problem *p, int64_t k, int64_t end, place next) {
   if (t->start + KEYS < end) {
-    want_keys(&t->later, p, p->key, p->value, t->b, k, t->start + KEYS, 0);
+    want_tile(&t->later, p, t->b, k, t->start + KEYS);
   } else if (next.b < p->B) {
     const int64_t start = p->first[next.b * p->T + next.from] / KEYS * KEYS;
-    want_keys(&t->later, p, p->key, p->value, next.b, next.k, start, 0);
+    want_tile(&t->later, p, next.b, next.k, start);
     want_queries(&t->later, p, next.b, next.k, 0, next.from);
   }
 }

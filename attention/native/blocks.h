@@ -44,7 +44,7 @@ INLINE void finish(const problem *p, const sofar *f, int64_t panel, int64_t b, i
 /* What a kernel does with the queries of a panel, with keys [first, first + count) of a tile, and with both. */
 typedef struct {
   void (*queries)(const problem *p, const void *room, place at, int64_t g, int64_t panel);
-  void (*keys)(const problem *p, const void *room, place at, int64_t start, int64_t first, int64_t count);
+  void (*keys)(const problem *p, const void *room, tile *t, place at, int64_t first, int64_t count);
   void (*step)(const problem *p, const void *room, tile *t, int64_t panel, stretch keys);
 } passing;
 
@@ -84,7 +84,7 @@ INLINE void pass(const problem *p, place at, place next, const sofar *f, const v
         const stretch run = run_of(p, f->sights + i, b, start, keys);
         keys.begin = run.end;
         if (run.begin == run.end) continue;
-        if (!packed) way.keys(p, room, at, start, first, count);
+        if (!packed) way.keys(p, room, &here, at, first, count);
         packed = 1;
         way.step(p, room, &here, i, run);
       }

@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.method import UnsupportedError
-from attention.native.build import ITEMS
+from attention.native.build import ITEMS, KEYS
 from attention.native.reverse import reverse_only
 
-WIDTH = 32  # numbers, of which the rows of a backward pass's partial sums are at least a multiple
+WIDTH = 32  # numbers, of which the rows of partial sums and of packed values are at most filled up to a multiple
 PARTS = 8  # the most partial sums that a head has
 FEW = 8  # queries, up to which their arithmetic one by one takes less time than that of a panel
 PART = 1024  # keys of an item, where queries are few
@@ -77,10 +77,9 @@ def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[
 @jax.custom_vjp
 def _attention(query, key, value, caps, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     *batch, T, N, _ = query.shape
-    S, E = key.shape[-3], value.shape[-1]
+    S, E = value.shape[-3], value.shape[-1]
     shapes = [like(query, *batch, T, N, E), like(query, *batch, N, T)]
-    if T <= FEW:
-        shapes.append(like(query, *batch, N * T * (E + 2), -(-S // PART)))
+    shapes.append(like(query, *batch, N * T * (E + 2), -(-S // PART)) if T <= FEW else packed_like(query, key, value))
     name = "attention_lab_decode" if T <= FEW else "attention_lab_forward"
     call = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")
     output, residual, *_ = call(query, key, value, caps, *sight)
@@ -93,6 +92,12 @@ def like(x: Float[Array, "..."], *shape: int) -> Any:
     mesh = kind.sharding.mesh
     where = None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where, manual_axis_type=kind.manual_axis_type)
+
+
+def packed_like(query, key, value) -> Any:
+    """Room for whole tiles of keys and values, float32 and side by side, which all blocks of queries read."""
+    *batch, S, K, H = key.shape
+    return like(query, *batch, K, S // KEYS, KEYS, H + -(-value.shape[-1] // WIDTH) * WIDTH)
 
 
 def _forward(query, key, value, caps, sight: Sight):

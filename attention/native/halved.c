@@ -150,9 +150,9 @@ INLINE void pack_pair(int32_t *to, int64_t width, const uint16_t *lower, const u
   memset(to + size, 0, (width - size) * sizeof(int32_t));
 }
 
-static void pack_keys(const problem *p, const void *context, place at, int64_t start, int64_t first, int64_t count) {
+static void pack_keys(const problem *p, const void *context, tile *t, place at, int64_t first, int64_t count) {
   const room *r = context;
-  const int64_t width = up_to(p->E, PANEL), depth = pairs(p->H), begin = first - start, end = begin + count;
+  const int64_t start = t->start, width = up_to(p->E, PANEL), depth = pairs(p->H), begin = first - start, end = begin + count;
   const uint16_t *values[2];
   for (int64_t i = 0; i < KEYS; i++) {
     const int64_t n = at_key(p, at.b, start + i, at.k, 1), here = begin <= i && i < end;

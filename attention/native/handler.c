@@ -89,11 +89,11 @@ static void set_pages(problem *p, const XLA_FFI_CallFrame *frame) {
 
 static XLA_FFI_Error *forward_pass(const XLA_FFI_CallFrame *frame, int paged) {
   if (told_version(frame)) return 0;
-  XLA_FFI_Error *error = misfit(frame, SHOWN + 1 + paged, 2);
+  XLA_FFI_Error *error = misfit(frame, SHOWN + 1 + paged, 3);
   if (error) return error;
   problem p = described(frame);
   if (paged) set_pages(&p, frame);
-  p.output = result(frame, 0), p.level = result(frame, 1);
+  p.output = result(frame, 0), p.level = result(frame, 1), p.packed = result(frame, 2);
   forward(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }

@@ -20,6 +20,7 @@ typedef struct {
  * shown: of each pair of a query and a key whether it may be seen, unless there are none.
  * caps: B, of the logits of each batch element, or none.
  * pages: B K G P T, whether a query reads the keys [i page, i page + page) at all; without them it reads what it sees.
+ * packed: room for tiles of keys and values that all blocks of queries read, B K S / KEYS; or none.
  * level: B N T, the log of the sum of exponentials; -inf where no key is seen.
  */
 typedef struct {
@@ -33,6 +34,7 @@ typedef struct {
   table shown;
   const uint8_t *pages;
   int64_t P, page; /* keys of a page: a multiple of ROWS */
+  float *packed;
   float *output, *level;
   const float *d_output, *d_level; /* the cotangents, in a backward pass */
   float *d_query, *d_key, *d_value, *partial;

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.native.build import PARTS
-from attention.native.calls import caps_of, like, sight_of
+from attention.native.calls import caps_of, like, packed_like, sight_of
 
 UNIT = 8  # keys, of which a page is a multiple
 WHOLE = 32700.0  # how long the integers of a query or a key are: no sum of products leaves 32 bits
@@ -41,7 +41,7 @@ def read(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> Read:
     """
     query, key, value = _across(inputs)
     operands = query, key, value, caps_of(inputs.soft_cap, query)
-    return _called("attention_lab_read", operands, inputs, pages, (), page)
+    return _called("attention_lab_read", operands, inputs, pages, (), page, packed_like(query, key, value))
 
 
 def read_halved(inputs: Inputs, keys: HalfKeys, pages: Bool[Array, "B K G P T"], page: int) -> Read:
@@ -94,11 +94,11 @@ def _across(inputs: Inputs):
     return query, *(jnp.swapaxes(x, 1, 2) for x in (inputs.key, inputs.value))
 
 
-def _called(name: str, operands, inputs: Inputs, pages, scales, page: int) -> Read:
+def _called(name: str, operands, inputs: Inputs, pages, scales, page: int, *room) -> Read:
     B, K, G, T, _ = inputs.query.shape
     assert page % UNIT == 0, f"pages of {page} keys are no multiple of {UNIT}"
     sight = sight_of(inputs.mask, B)
-    shapes = [like(inputs.query, B, T, K * G, inputs.value.shape[-1]), like(inputs.query, B, K * G, T)]
+    shapes = [like(inputs.query, B, T, K * G, inputs.value.shape[-1]), like(inputs.query, B, K * G, T), *room]
     call = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")
-    output, residual = call(*operands, *sight, pages, *scales, page=np.int64(page))
+    output, residual, *_ = call(*operands, *sight, pages, *scales, page=np.int64(page))
     return jnp.moveaxis(output.reshape(B, T, K, G, -1), 1, 3), residual.reshape(B, K, G, T)
