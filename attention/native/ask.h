@@ -3,7 +3,7 @@
 #ifndef ASK_H
 #define ASK_H
 
-#include "pack.h"
+#include "tiles.h"
 
 #define LINE 64 /* bytes of a cache */
 #define STRIPS 8
@@ -23,8 +23,8 @@ typedef struct {
  * for meanwhile: by the end of this panel's pass, and of the last one's, but not in the first half of them, or it would be
  * evicted before it is read. */
 typedef struct {
-  const float *keys, *values;
   int64_t b, start, panels, left;
+  packed_rows rows;
   wanted soon, later;
 } tile;
 
@@ -81,13 +81,11 @@ INLINE void want_keys(wanted *w, const problem *p, operand keys, operand values,
   want(w, values, at_key(p, b, start, k, p->E), p->K * p->E, rows, p->E, written);
 }
 
-/* The tile that will be read: what is packed of it, or what is to be packed. */
+/* A tile that will be read: as it is packed, or else what is to be packed. */
 INLINE void want_tile(wanted *w, const problem *p, int64_t b, int64_t k, int64_t start) {
   enum { ROW = 4 * LINE / sizeof(float) };
-  if (p->packed && start + KEYS <= p->S)
-    want(w, (operand){FLOAT32, packed_tile(p, b, k, start)}, 0, ROW, tile_size(p) / ROW, ROW, 0);
-  else
-    want_keys(w, p, p->key, p->value, b, k, start, 0);
+  if (is_shared(p, start)) want(w, (operand){FLOAT32, shared_tile(p, b, k, start)}, 0, ROW, tile_size(p) / ROW, ROW, 0);
+  else want_keys(w, p, p->key, p->value, b, k, start, 0);
 }
 
 /* A block of queries, from `from` on, of a key head; none where there is no such batch. */

@@ -46,7 +46,7 @@ INLINE spot spot_of(const block *x, int64_t panel) {
 
 static block block_at(const problem *p, const room *r, place at) {
   block x = {.b = at.b, .k = at.k, .from = at.from, .begin = p->S};
-  x.columns = (least(block_of(p, QUERIES), p->T - at.from) + PANEL - 1) / PANEL, x.panels = p->G * x.columns;
+  x.columns = (least(block_of(p, numbers_of(p)), p->T - at.from) + PANEL - 1) / PANEL, x.panels = p->G * x.columns;
   for (int64_t i = 0; i < x.panels; i++) {
     const spot here = spot_of(&x, i);
     r->sights[i] = sight_of(p, x.b, x.k, here.g, here.t);
@@ -92,12 +92,9 @@ static void pass(const problem *p, const room *r, const block *x, tile *t, float
 static void tile_of_keys(const problem *p, const room *r, const block *x, int64_t start, place next, float *sums) {
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL), rows = least(KEYS, p->S - start);
   const int64_t first = most(start, x->begin), count = least(x->end, start + KEYS) - first;
-  const operand keys = beyond(p->key, at_key(p, x->b, first, x->k, p->H));
-  const operand values = beyond(p->value, at_key(p, x->b, first, x->k, p->E));
   float *d_keys = sums + start * wide_h, *d_values = sums + p->S * wide_h + start * wide_e;
   tile t = {.b = x->b, .start = start, .panels = x->panels, .left = x->panels};
-  pack_tile(r->keys, wide_h, keys, p->K * p->H, first - start, count, p->H);
-  pack_tile(r->values, wide_e, values, p->K * p->E, first - start, count, p->E);
+  t.rows = pack_of(p, x->b, x->k, start, first, count, r->keys, r->values);
   want_next(&t, p, x->k, x->end, next);
   if (sums && rows == KEYS) {
     pass(p, r, x, &t, d_keys, d_values);
@@ -141,7 +138,7 @@ static void gather(const void *context, int64_t head) {
 static void part(const void *context, int64_t n) {
   const problem *p = context;
   const room r = room_for(p);
-  const int64_t rows = block_of(p, QUERIES), last = blocks_of(p, QUERIES) - 1, later = n + p->threads;
+  const int64_t rows = block_of(p, numbers_of(p)), last = blocks_of(p, numbers_of(p)) - 1, later = n + p->threads;
   const int64_t head = n / p->parts, b = head / p->K, k = head % p->K;
   const int64_t size = p->S * (up_to(p->H, PANEL) + up_to(p->E, PANEL));
   float *sums = last || p->parts > 1 ? p->partial + n * size : 0;
@@ -158,6 +155,7 @@ static void part(const void *context, int64_t n) {
 void backward(const problem *given, const threads *pool) {
   problem p = *given;
   p.threads = pool_size(pool);
+  pack_tiles(&p, blocks_of(&p, numbers_of(&p)), pool);
   share(pool, p.B * p.K * p.parts, part, &p);
   if (p.parts > 1) share(pool, p.B * p.K, gather, &p);
 }

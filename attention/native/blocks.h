@@ -3,11 +3,7 @@
 #define BLOCKS_H
 
 #include "ask.h"
-#include "pack.h"
-#include "pool.h"
-#include "sight.h"
 
-#define STATE (1 << 17) /* numbers of a block's queries and outputs: half of a second-level cache */
 #define MOST (2 * KEYS) /* that the weights of a tile may sum to before their level rises; docs/bounds.md counts what it costs */
 #define SLACK 4 /* powers of two that a logit may lie above the level; docs/bounds.md counts what they cost */
 
@@ -17,16 +13,16 @@ typedef struct {
   sight *sights;
 } sofar;
 
-/* Queries of a block: as many as have room, since every block packs all keys that it sees. */
-INLINE int64_t queries_of(const problem *p) { return STATE / (p->H + p->E); }
+/* Of a query: itself and its output. */
+INLINE int64_t numbers_of(const problem *p) { return p->H + p->E; }
 
-INLINE int64_t panels_of(const problem *p) { return p->G * (block_of(p, queries_of(p)) / PANEL); }
+INLINE int64_t panels_of(const problem *p) { return p->G * (block_of(p, numbers_of(p)) / PANEL); }
 
 /* The last blocks first: where causality shortens the others, the short ones fill up the end. */
 INLINE place place_of(const problem *p, int64_t n) {
-  const int64_t blocks = blocks_of(p, queries_of(p)), heads = p->B * p->K;
+  const int64_t blocks = blocks_of(p, numbers_of(p)), heads = p->B * p->K;
   if (n >= heads * blocks) return (place){p->B};
-  return (place){n % heads / p->K, n % p->K, (blocks - 1 - n / heads) * block_of(p, queries_of(p))};
+  return (place){n % heads / p->K, n % p->K, (blocks - 1 - n / heads) * block_of(p, numbers_of(p))};
 }
 
 /* The rows of a panel: sums of weighted values over sums of weights. */
@@ -58,7 +54,7 @@ INLINE void prepare(const problem *p, const sofar *f, const void *room, passing 
 
 INLINE void pass(const problem *p, place at, place next, const sofar *f, const void *room, passing way) {
   const int64_t b = at.b, k = at.k;
-  const int64_t columns = (least(block_of(p, queries_of(p)), p->T - at.from) + PANEL - 1) / PANEL, panels = p->G * columns;
+  const int64_t columns = (least(block_of(p, numbers_of(p)), p->T - at.from) + PANEL - 1) / PANEL, panels = p->G * columns;
   int64_t begin = p->S, end = 0;
   for (int64_t i = 0; i < panels; i++) {
     f->sights[i] = sight_of(p, b, k, i / columns, at.from + i % columns * PANEL);

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 KEYS = 128  # of a tile: with a panel of queries their weights fill half of a first-level cache
-QUERIES = 256  # of a block of a backward pass, whose state stays in a second-level cache while tiles pass by
 PARTS = 4  # of a list of pages
 ITEMS = 16  # that threads should have to share
 DEGREE, SHORT_DEGREE = 6, 4  # of the polynomials for 2^f, and of that for weights of 16 bits; even, so that 2^0 = 1
@@ -30,7 +29,6 @@ FLAGS += (
     "-pthread",
     "-fvisibility=hidden",
     f"-DKEYS={KEYS}",
-    f"-DQUERIES={QUERIES}",
     f"-DITEMS={ITEMS}",
     f"-DPARTS={PARTS}",
 )

@@ -12,7 +12,7 @@ from attention.method import UnsupportedError
 from attention.native.build import ITEMS, KEYS
 from attention.native.reverse import reverse_only
 
-WIDTH = 32  # numbers, of which the rows of partial sums and of packed values are at most filled up to a multiple
+WIDTH = 32  # numbers, to a multiple of which rows are filled up at most
 PARTS = 8  # the most partial sums that a head has
 FEW = 8  # queries, up to which their arithmetic one by one takes less time than that of a panel
 PART = 1024  # keys of an item, where queries are few
@@ -79,7 +79,7 @@ def _attention(query, key, value, caps, sight: Sight) -> tuple[Float[Array, "B T
     *batch, T, N, _ = query.shape
     S, E = value.shape[-3], value.shape[-1]
     shapes = [like(query, *batch, T, N, E), like(query, *batch, N, T)]
-    shapes.append(like(query, *batch, N * T * (E + 2), -(-S // PART)) if T <= FEW else packed_like(query, key, value))
+    shapes.append(like(query, *batch, N * T * (E + 2), -(-S // PART)) if T <= FEW else tiles_like(query, key, value))
     name = "attention_lab_decode" if T <= FEW else "attention_lab_forward"
     call = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")
     output, residual, *_ = call(query, key, value, caps, *sight)
@@ -94,10 +94,15 @@ def like(x: Float[Array, "..."], *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where, manual_axis_type=kind.manual_axis_type)
 
 
-def packed_like(query, key, value) -> Any:
+def tiles_like(query, key, value) -> Any:
     """Room for whole tiles of keys and values, float32 and side by side, which all blocks of queries read."""
     *batch, S, K, H = key.shape
-    return like(query, *batch, K, S // KEYS, KEYS, H + -(-value.shape[-1] // WIDTH) * WIDTH)
+    return like(query, *batch, K, S // KEYS, KEYS, wide(H, value.shape[-1]))
+
+
+def wide(*sizes: int) -> int:
+    """Room for rows of these sizes, filled up to whole vectors of a block."""
+    return sum(-(-size // WIDTH) * WIDTH for size in sizes)
 
 
 def _forward(query, key, value, caps, sight: Sight):
@@ -116,12 +121,11 @@ def _gradients(query, key, value, caps, sight: Sight, output, residual, d_output
     S, K, E = key.shape[-3], key.shape[-2], value.shape[-1]
     heads = query.size // (T * N * H) * K
     parts = min(PARTS, -(-ITEMS // heads), -(-T // WIDTH))
-    wide = sum(-(-size // WIDTH) * WIDTH for size in (H, E))
     shapes = [like(x, *x.shape) for x in (query, key, value)]
     shapes.append(like(query, *batch, N, T * caps.shape[-1]))
-    shapes.append(like(query, *batch, K, S, wide, parts))
+    shapes += [tiles_like(query, key, value), like(query, *batch, K, S, wide(H, E), parts)]
     call = jax.ffi.ffi_call("attention_lab_backward", shapes, vmap_method="broadcast_all")
-    *gradients, ratios, _ = call(query, key, value, caps, *sight, output, residual, d_output, d_residual)
+    *gradients, ratios, _, _ = call(query, key, value, caps, *sight, output, residual, d_output, d_residual)
     # c tanh(l / c) has the derivative r - (1 - r^2) l / c by c, and the sum of dS (1 - r^2) l over the keys is dQ . Q.
     by_cap = ratios.sum((-2, -1))[..., None] - (gradients[0] * query).sum((-3, -2, -1))[..., None] / caps
     return *(d.astype(x.dtype) for d, x in zip(gradients, (query, key, value), strict=True)), by_cap

@@ -7,8 +7,6 @@
 
 #include "ask.h"
 #include "cap.h"
-#include "pack.h"
-#include "pool.h"
 
 #define PAIR (2 * PANEL) /* sums over its queries are added to dK and dV: half as often as those over a panel */
 
@@ -20,9 +18,12 @@ typedef struct {
   sight *sights;
 } room;
 
+/* Of a query: itself and the cotangent of its output, both twice, and what is summed. */
+INLINE int64_t numbers_of(const problem *p) { return 3 * up_to(p->H, PANEL) + 2 * up_to(p->E, PANEL); }
+
 static room room_for(const problem *p) {
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
-  const int64_t panels = p->G * (block_of(p, QUERIES) / PANEL), rows = panels * PANEL;
+  const int64_t panels = p->G * (block_of(p, numbers_of(p)) / PANEL), rows = panels * PANEL;
   const int64_t sizes[] = {KEYS * wide_h,  KEYS * wide_e, KEYS * PAIR,   KEYS * PAIR,   KEYS * wide_h,
                            KEYS * wide_e,  rows * p->H,   rows * p->E,   rows * wide_h, rows * wide_e,
                            rows * wide_h,  rows,          rows,          rows,
@@ -61,13 +62,13 @@ static void change(const problem *p, const room *r, tile *t, int64_t panel, stre
   pace(t, keys);
   for (int key = keys.begin; key < keys.end; key += ROWS) {
     ask_ahead(t);
-    product(block, H, r->keys + key * wide_h, wide_h, 1, queries, PANEL);
+    product(block, H, t->rows.keys + key * wide_h, wide_h, 1, queries, PANEL);
     if (has_cap) cap(p, t->b, block, parts);
     if (keys.masked) hide(p, r->sights + panel, t->b, t->start + key, block);
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++)
         store(weights + (key + i) * PAIR + j * LANES, power(block[i][j] - level[j]));
-    product(block, E, r->values + key * wide_e, wide_e, 1, d_outputs, PANEL);
+    product(block, E, t->rows.values + key * wide_e, wide_e, 1, d_outputs, PANEL);
     UNROLLED for (int i = 0; i < ROWS; i++)
       UNROLLED for (int j = 0; j < COLUMNS; j++) {
         int64_t at = (key + i) * PAIR + j * LANES;
@@ -117,7 +118,7 @@ static void sum_for_queries(const problem *p, const room *r, const tile *t, int6
     for (int q = 0; q < PANEL; q += ROWS) {
       const span seen = keys_of_rows(r->sights + panel, q, t->start, keys);
       add_product(r->d_queries + (row + q) * width + e, width, r->changes + seen.begin * PAIR + row % PAIR + q, 1, PAIR,
-                  r->keys + seen.begin * width + e, seen.end - seen.begin);
+                  t->rows.keys + seen.begin * width + e, seen.end - seen.begin);
     }
 }
 

@@ -15,7 +15,7 @@ typedef struct {
 
 static room room_for(const problem *p) {
   const int64_t width = up_to(p->E, PANEL), panels = panels_of(p);
-  const int64_t sizes[] = {KEYS * p->H,    KEYS * width,   KEYS * PANEL, panels * p->H * PANEL, panels * PANEL * width,
+  const int64_t sizes[] = {KEYS * up_to(p->H, PANEL), KEYS * width, KEYS * PANEL, panels * p->H * PANEL, panels * PANEL * width,
                            panels * PANEL, panels * PANEL, (int64_t)(panels * sizeof(sight) + 3) / 4};
   float *at[8];
   workspace(at, sizes, 8);
@@ -25,8 +25,9 @@ static room room_for(const problem *p) {
 /* The logits of ROWS keys from `key` on, in powers of two, for a panel of queries. */
 INLINE void logits_of(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, int key,
                       vec block[ROWS][COLUMNS]) {
+  const int64_t width = up_to(p->H, PANEL);
   ask_ahead(t);
-  product(block, p->H, t->keys + key * p->H, p->H, 1, r->queries + panel * p->H * PANEL, PANEL);
+  product(block, p->H, t->rows.keys + key * width, width, 1, r->queries + panel * p->H * PANEL, PANEL);
   if (p->caps) cap(p, t->b, block, 0);
   if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
 }
@@ -118,7 +119,7 @@ static void step(const problem *p, const void *context, tile *t, int64_t panel, 
       const span seen = keys_of_rows(r->found.sights + panel, q, t->start, keys);
       vec block[ROWS][COLUMNS];
       product(block, seen.end - seen.begin, r->weights + seen.begin * PANEL + q, 1, PANEL,
-              t->values + seen.begin * width + e, width);
+              t->rows.values + seen.begin * width + e, width);
       UNROLLED for (int i = 0; i < ROWS; i++)
         UNROLLED for (int j = 0; j < COLUMNS; j++) {
           float *at = outputs + (q + i) * width + e + j * LANES;
@@ -133,29 +134,9 @@ static void pack_queries(const problem *p, const void *context, place at, int64_
                p->K * p->G * p->H, least(PANEL, p->T - at.from), p->H, LOG2E);
 }
 
-/* A whole tile that is packed for all blocks, or else a copy of what this one sees of it: the rest may be anything. */
 static void pack_keys(const problem *p, const void *context, tile *t, place at, int64_t first, int64_t count) {
   const room *r = context;
-  const int64_t width = up_to(p->E, PANEL), before = first - t->start;
-  const int whole = p->packed && count == KEYS;
-  t->keys = whole ? packed_tile(p, at.b, at.k, t->start) : r->keys;
-  t->values = whole ? t->keys + KEYS * p->H : r->values;
-  if (whole) return;
-  pack_tile(r->keys, p->H, beyond(p->key, at_key(p, at.b, first, at.k, p->H)), p->K * p->H, before, count, p->H);
-  pack_tile(r->values, width, beyond(p->value, at_key(p, at.b, first, at.k, p->E)), p->K * p->E, before, count, p->E);
-}
-
-/* Tile n of all heads, whose rows lie side by side. */
-static void pack_for_all(const void *context, int64_t n) {
-  const problem *p = context;
-  const int64_t b = n / (p->S / KEYS), start = n % (p->S / KEYS) * KEYS, width = up_to(p->E, PANEL);
-  for (int64_t s = 0; s < KEYS; s++) {
-    for (int64_t k = 0; k < p->K; k++)
-      pack_rows(packed_tile(p, b, k, start) + s * p->H, p->H, 1, beyond(p->key, at_key(p, b, start + s, k, p->H)), 0, 1, p->H);
-    for (int64_t k = 0; k < p->K; k++)
-      pack_rows(packed_tile(p, b, k, start) + KEYS * p->H + s * width, width, 1,
-                beyond(p->value, at_key(p, b, start + s, k, p->E)), 0, 1, p->E);
-  }
+  t->rows = pack_of(p, at.b, at.k, t->start, first, count, r->keys, r->values);
 }
 
 static void item(const void *context, int64_t n) {
@@ -167,7 +148,7 @@ static void item(const void *context, int64_t n) {
 void forward(const problem *given, const threads *pool) {
   problem p = *given;
   p.threads = pool_size(pool);
-  if (blocks_of(&p, queries_of(&p)) == 1) p.packed = 0; /* each tile is read once */
-  if (p.packed) share(pool, p.B * (p.S / KEYS), pack_for_all, &p);
-  share(pool, p.B * p.K * blocks_of(&p, queries_of(&p)), item, &p);
+  const int64_t blocks = blocks_of(&p, numbers_of(&p));
+  pack_tiles(&p, blocks, pool);
+  share(pool, p.B * p.K * blocks, item, &p);
 }

@@ -176,7 +176,7 @@ static void item(const void *context, int64_t n) {
 void halved(const problem *given, const threads *pool) {
   problem p = *given;
   p.threads = pool_size(pool);
-  share(pool, p.B * p.K * blocks_of(&p, queries_of(&p)), item, &p);
+  share(pool, p.B * p.K * blocks_of(&p, numbers_of(&p)), item, &p);
 }
 
 #endif

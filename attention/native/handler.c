@@ -93,7 +93,7 @@ static XLA_FFI_Error *forward_pass(const XLA_FFI_CallFrame *frame, int paged) {
   if (error) return error;
   problem p = described(frame);
   if (paged) set_pages(&p, frame);
-  p.output = result(frame, 0), p.level = result(frame, 1), p.packed = result(frame, 2);
+  p.output = result(frame, 0), p.level = result(frame, 1), p.tiles = result(frame, 2);
   forward(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }
@@ -158,14 +158,15 @@ __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_paged(XLA_FF
 
 __attribute__((visibility("default"))) XLA_FFI_Error *attention_lab_backward(XLA_FFI_CallFrame *frame) {
   if (told_version(frame)) return 0;
-  XLA_FFI_Error *error = misfit(frame, D_LEVEL + 1, 5);
+  XLA_FFI_Error *error = misfit(frame, D_LEVEL + 1, 6);
   if (error) return error;
   problem p = described(frame);
   p.output = argument(frame, OUTPUT)->data, p.level = argument(frame, LEVEL)->data;
   p.d_output = argument(frame, D_OUTPUT)->data, p.d_level = argument(frame, D_LEVEL)->data;
   p.d_query = result(frame, 0), p.d_key = result(frame, 1), p.d_value = result(frame, 2);
   p.ratios = result(frame, 3);
-  set_partial(&p, frame, 4);
+  p.tiles = result(frame, 4);
+  set_partial(&p, frame, 5);
   backward(&p, &(threads){frame->api, frame->ctx});
   return 0;
 }

@@ -21,12 +21,6 @@ INLINE void pack_tile(float *to, int64_t width, operand from, int64_t stride, in
   pack_rows(to + first * width, width, KEYS - first, from, stride, count, size);
 }
 
-/* Numbers of a tile of keys and values, row by row, the values padded; and where it lies if it is packed for all. */
-INLINE int64_t tile_size(const problem *p) { return KEYS * (p->H + up_to(p->E, PANEL)); }
-INLINE float *packed_tile(const problem *p, int64_t b, int64_t k, int64_t start) {
-  return p->packed + ((b * p->K + k) * (p->S / KEYS) + start / KEYS) * tile_size(p);
-}
-
 /* to[:count] += from[:count]; count is a multiple of LANES. */
 INLINE void add(float *to, const float *from, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(from + i));

@@ -20,7 +20,7 @@ typedef struct {
  * shown: of each pair of a query and a key whether it may be seen, unless there are none.
  * caps: B, of the logits of each batch element, or none.
  * pages: B K G P T, whether a query reads the keys [i page, i page + page) at all; without them it reads what it sees.
- * packed: room for tiles of keys and values that all blocks of queries read, B K S / KEYS; or none.
+ * tiles: room for packed tiles of keys and values, B K S / KEYS, which all blocks of queries read; or none.
  * level: B N T, the log of the sum of exponentials; -inf where no key is seen.
  */
 typedef struct {
@@ -34,7 +34,7 @@ typedef struct {
   table shown;
   const uint8_t *pages;
   int64_t P, page; /* keys of a page: a multiple of ROWS */
-  float *packed;
+  float *tiles;
   float *output, *level;
   const float *d_output, *d_level; /* the cotangents, in a backward pass */
   float *d_query, *d_key, *d_value, *partial;
@@ -62,15 +62,20 @@ INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
 INLINE int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-/* Queries of a block, `queries` shared by the G heads: few where G is large, so that their state stays in a second-level cache,
- * and where there would be fewer than ITEMS items to share; by the shapes alone, as the order of all sums is. */
-INLINE int64_t block_of(const problem *p, int64_t queries) {
-  int64_t rows = up_to(most(queries / p->G, 1), PANEL);
+#define STATE (1 << 17) /* numbers that a block's queries have: half of a second-level cache */
+
+/* Queries of a block, where each has so many numbers of state: as many as have room, since every block passes over all keys
+ * that it sees. Few where G heads share them, and where there would be fewer than ITEMS items to share; no more than
+ * make all blocks of one size; by the shapes alone, as the order of all sums is. */
+INLINE int64_t block_of(const problem *p, int64_t numbers) {
+  int64_t rows = up_to(most(STATE / numbers / p->G, 1), PANEL);
   while (rows > PANEL && p->B * p->K * ((p->T + rows - 1) / rows) < ITEMS) rows = up_to(rows / 2, PANEL);
-  return least(rows, up_to(p->T, PANEL));
+  const int64_t blocks = (p->T + rows - 1) / rows;
+  return up_to((p->T + blocks - 1) / blocks, PANEL);
 }
-INLINE int64_t blocks_of(const problem *p, int64_t queries) {
-  return (p->T + block_of(p, queries) - 1) / block_of(p, queries);
+INLINE int64_t blocks_of(const problem *p, int64_t numbers) {
+  const int64_t rows = block_of(p, numbers);
+  return (p->T + rows - 1) / rows;
 }
 
 #endif

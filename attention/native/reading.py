@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.native.build import PARTS
-from attention.native.calls import caps_of, like, packed_like, sight_of
+from attention.native.calls import caps_of, like, tiles_like, sight_of
 
 UNIT = 8  # keys, of which a page is a multiple
 WHOLE = 32700.0  # how long the integers of a query or a key are: no sum of products leaves 32 bits
@@ -41,7 +41,7 @@ def read(inputs: Inputs, pages: Bool[Array, "B K G P T"], page: int) -> Read:
     """
     query, key, value = _across(inputs)
     operands = query, key, value, caps_of(inputs.soft_cap, query)
-    return _called("attention_lab_read", operands, inputs, pages, (), page, packed_like(query, key, value))
+    return _called("attention_lab_read", operands, inputs, pages, (), page, tiles_like(query, key, value))
 
 
 def read_halved(inputs: Inputs, keys: HalfKeys, pages: Bool[Array, "B K G P T"], page: int) -> Read:
