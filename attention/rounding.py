@@ -106,7 +106,7 @@ def rounding_bound(
     # One part in a thousand covers the rounding of this expression itself.
     bound = 1.001 * of.value * ((1 + u_out) * moved + u_out) + lost
     huge = float(jnp.finfo(dtype).max) / 4
-    known = (of.head * of.query * of.key + size < huge) & (16 * n * of.value < huge) & (e < 1)
+    known = (of.head * of.query * of.key + size < huge) & (256 * n * of.value < huge) & (e < 1)
     return jnp.where(n > 0, jnp.where(known, bound, jnp.inf), 0)
 
 

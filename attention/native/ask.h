@@ -19,9 +19,9 @@ typedef struct {
   int64_t rows, each; /* of all strips; at a time */
 } wanted;
 
-/* A tile of keys from `start` on, where it is packed, the panels that pass over it and those still to do so, this one too, and what is asked
- * for meanwhile: by the end of this panel's pass, and of the last one's, but not in the first half of them, or it would be
- * evicted before it is read. */
+/* A tile of keys from `start` on, its rows as they are packed, the panels that pass over it and those still to do so, this
+ * one too, and what is asked for meanwhile: by the end of this panel's pass, and of the last one's, but not in the first
+ * half of them, or it would be evicted before it is read. */
 typedef struct {
   int64_t b, start, panels, left;
   packed_rows rows;

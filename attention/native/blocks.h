@@ -4,8 +4,6 @@
 
 #include "ask.h"
 
-#define MOST (2 * KEYS) /* that the weights of a tile may sum to before their level rises; docs/bounds.md counts what it costs */
-#define SLACK 4 /* powers of two that a logit may lie above the level; docs/bounds.md counts what they cost */
 
 /* What the panels of a block have found: sums of weighted values and of weights, relative to levels. */
 typedef struct {
@@ -23,6 +21,15 @@ INLINE place place_of(const problem *p, int64_t n) {
   const int64_t blocks = blocks_of(p, numbers_of(p)), heads = p->B * p->K;
   if (n >= heads * blocks) return (place){p->B};
   return (place){n % heads / p->K, n % p->K, (blocks - 1 - n / heads) * block_of(p, numbers_of(p))};
+}
+
+/* A block of the outputs of a panel += what a tile adds. */
+INLINE void add_block(float *to, int64_t width, vec block[ROWS][COLUMNS]) {
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < COLUMNS; j++) {
+      float *at = to + i * width + j * LANES;
+      store(at, load(at) + block[i][j]);
+    }
 }
 
 /* The rows of a panel: sums of weighted values over sums of weights. */

@@ -26,8 +26,7 @@ INLINE vec ratio_of(float cap, vec logit) { return tangent(logit * fminf(2 / cap
 INLINE vec capped(float cap, vec ratio) { return ratio * (cap * LOG2E); }
 
 /* Where logits have no cap, they must not lie in memory: this is no part of the loop that makes them. */
-static __attribute__((noinline)) void cap_in_memory(const problem *p, int64_t b, vec logits[ROWS][COLUMNS],
-                                                    float *ratios) {
+APART void cap_in_memory(const problem *p, int64_t b, vec logits[ROWS][COLUMNS], float *ratios) {
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < COLUMNS; j++) {
       vec ratio = ratio_of(p->caps[b], logits[i][j]);

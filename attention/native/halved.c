@@ -14,7 +14,7 @@ __attribute__((visibility("default"))) const int32_t attention_lab_has_halves = 
 
 typedef struct {
   int32_t *keys, *values, *weights, *queries;
-  float *key_scales, *query_scales;
+  float *logits, *key_scales, *query_scales;
   sofar found;
 } room;
 
@@ -25,6 +25,7 @@ static room room_for(const problem *p) {
   const int64_t sizes[] = {KEYS * depth,
                            KEYS / 2 * width,
                            KEYS / 2 * PANEL,
+                           KEYS * PANEL,
                            panels * depth * PANEL,
                            KEYS,
                            panels * PANEL,
@@ -32,98 +33,62 @@ static room room_for(const problem *p) {
                            panels * PANEL,
                            panels * PANEL,
                            (int64_t)(panels * sizeof(sight) + 3) / 4};
-  float *at[10];
-  workspace(at, sizes, 10);
-  return (room){(int32_t *)at[0], (int32_t *)at[1], (int32_t *)at[2], (int32_t *)at[3], at[4], at[5],
-                {at[6], at[7], at[8], (sight *)at[9]}};
+  float *at[11];
+  workspace(at, sizes, 11);
+  return (room){(int32_t *)at[0], (int32_t *)at[1], (int32_t *)at[2], (int32_t *)at[4], at[3], at[5], at[6],
+                {at[7], at[8], at[9], (sight *)at[10]}};
 }
 
 /* The least whole number that is not below x, where x is less than 2^22 in size; a whole number near it elsewhere. */
-INLINE vec whole_above(vec x) {
+INLINE vec level(vec x) {
   const vec rounds = fill(12582912.0f), nearest = (x + rounds) - rounds;
   return nearest + pick(nearest < x, fill(1), fill(0));
 }
 
-/* Pairs of bfloat16 times a power of two. */
-INLINE ivec scaled(ivec x, vec factor) {
-  return ((ivec)((vec)(x << 16) * factor) >> 16 & 0xFFFF) | ((ivec)((vec)(x & -65536) * factor) & -65536);
-}
-
-/* As in float32, but that levels are whole. */
-static void raise(vec levels[COLUMNS], const vec largest[COLUMNS], vec totals[COLUMNS], float *kept, int32_t *weights,
-                  int count) {
-  for (int j = 0; j < COLUMNS; j++) {
-    vec before = levels[j];
-    levels[j] = pick(largest[j] > before + SLACK, whole_above(largest[j]), before);
-    vec factor = power(before - or_zero(levels[j]));
-    totals[j] *= factor;
-    store(kept + j * LANES, load(kept + j * LANES) * factor);
-    for (int i = 0; i < count; i++) {
-      int32_t *at = weights + i * PANEL + j * LANES;
-      store_pairs(at, scaled(load_pairs(at), factor));
-    }
-  }
-}
-
-static void weigh(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, float kept[PANEL]) {
+INLINE void logits(const problem *p, const room *r, tile *t, int64_t panel, stretch keys, int key,
+                   vec block[ROWS][COLUMNS]) {
   const int depth = pairs(p->H);
+  ivec whole[ROWS][COLUMNS];
+  product_of_integers(whole, depth, r->keys + key * depth, depth, 1, r->queries + panel * depth * PANEL, PANEL);
+  ask_ahead(t);
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < COLUMNS; j++)
+      block[i][j] = __builtin_convertvector(whole[i][j], vec) * r->key_scales[key + i] *
+                    load(r->query_scales + panel * PANEL + j * LANES);
+  if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
+}
+
+INLINE void weights(const room *r, int key, vec block[ROWS][COLUMNS], const vec shift[COLUMNS], vec totals[COLUMNS]) {
   const ivec ones = (ivec){0} + 0x3F803F80; /* of bfloat16 */
-  const int32_t *queries = r->queries + panel * depth * PANEL;
-  float *tops = r->found.levels + panel * PANEL, *sums = r->found.sums + panel * PANEL;
-  vec levels[COLUMNS], totals[COLUMNS], scales[COLUMNS];
-  UNROLLED for (int j = 0; j < COLUMNS; j++) {
-    levels[j] = load(tops + j * LANES), totals[j] = (vec){0};
-    scales[j] = load(r->query_scales + panel * PANEL + j * LANES);
-    store(kept + j * LANES, fill(1));
-  }
-  pace(t, keys);
-  for (int key = keys.begin; key < keys.end; key += ROWS) {
-    ivec whole[ROWS][COLUMNS];
-    vec block[ROWS][COLUMNS], largest[COLUMNS];
-    product_of_integers(whole, depth, r->keys + key * depth, depth, 1, queries, PANEL);
-    UNROLLED for (int i = 0; i < ROWS; i++)
-      UNROLLED for (int j = 0; j < COLUMNS; j++)
-        block[i][j] = __builtin_convertvector(whole[i][j], vec) * r->key_scales[key + i];
-    ask_ahead(t);
-    if (keys.masked) hide(p, r->found.sights + panel, t->b, t->start + key, block);
-    UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = block[0][j];
-    UNROLLED for (int i = 1; i < ROWS; i++)
-      UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] = larger(block[i][j], largest[j]);
-    ivec higher = {0};
-    UNROLLED for (int j = 0; j < COLUMNS; j++) largest[j] *= scales[j];
-    UNROLLED for (int j = 0; j < COLUMNS; j++) higher |= largest[j] > levels[j] + SLACK;
-    if (any(higher)) raise(levels, largest, totals, kept, r->weights + keys.begin / 2 * PANEL, (key - keys.begin) / 2);
-    UNROLLED for (int i = 0; i < ROWS; i += 2)
-      UNROLLED for (int j = 0; j < COLUMNS; j++) {
-        const vec level = or_zero(levels[j]), x = block[i][j] * scales[j], y = block[i + 1][j] * scales[j];
-        const ivec both = pairs_of(short_power(x - level), short_power(y - level));
-        totals[j] = add_bfloat16(totals[j], both, ones);
-        store_pairs(r->weights + (key + i) / 2 * PANEL + j * LANES, both);
-      }
-  }
-  UNROLLED for (int j = 0; j < COLUMNS; j++) {
-    store(tops + j * LANES, levels[j]);
-    store(sums + j * LANES, load(sums + j * LANES) * load(kept + j * LANES) + totals[j]);
-  }
+  UNROLLED for (int i = 0; i < ROWS; i += 2)
+    UNROLLED for (int j = 0; j < COLUMNS; j++) {
+      const ivec both = pairs_of(short_power(block[i][j] - shift[j]), short_power(block[i + 1][j] - shift[j]));
+      totals[j] = add_bfloat16(totals[j], both, ones);
+      store_pairs(r->weights + (key + i) / 2 * PANEL + j * LANES, both);
+    }
+}
+
+#include "levels.h"
+
+/* As in float32, over `depth` pairs of keys. */
+APART void add_values(float *to, int64_t width, const int32_t *weights, const int32_t *values, int depth) {
+  vec block[ROWS][COLUMNS];
+  product_of_bfloat16(block, depth, weights, 1, PANEL, values, width);
+  add_block(to, width, block);
 }
 
 static void step(const problem *p, const void *context, tile *t, int64_t panel, stretch keys) {
   const room *r = context;
   const int64_t width = up_to(p->E, PANEL);
-  float *outputs = r->found.outputs + panel * PANEL * width, kept[PANEL];
-  weigh(p, r, t, panel, keys, kept);
+  float *outputs = r->found.outputs + panel * PANEL * width;
+  ivec rises[COLUMNS];
+  if (!weigh(p, r, t, panel, keys, rises)) weigh_rising(p, r, t, panel, keys, rises);
   for (int64_t e = 0; e < width; e += PANEL)
     for (int q = 0; q < PANEL; q += ROWS) {
       const span seen = keys_of_rows(r->found.sights + panel, q, t->start, keys);
       const int64_t begin = seen.begin / 2;
-      vec block[ROWS][COLUMNS];
-      product_of_bfloat16(block, pairs(seen.end) - begin, r->weights + begin * PANEL + q, 1, PANEL,
-                          r->values + begin * width + e, width);
-      UNROLLED for (int i = 0; i < ROWS; i++)
-        UNROLLED for (int j = 0; j < COLUMNS; j++) {
-          float *at = outputs + (q + i) * width + e + j * LANES;
-          store(at, load(at) * kept[q + i] + block[i][j]);
-        }
+      add_values(outputs + q * width + e, width, r->weights + begin * PANEL + q, r->values + begin * width + e,
+                 pairs(seen.end) - begin);
     }
 }
 

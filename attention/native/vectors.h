@@ -23,6 +23,7 @@
 #define LN2 0.69314718055994530942f
 #define BYTES (4 * LANES)
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline)) /* a loop over registers: there are too few of them for what stands around it */
 #define UNROLLED _Pragma("GCC unroll 16") /* a loop over registers: whole, or an array of them lies in memory */
 
 typedef float vec __attribute__((vector_size(BYTES)));

@@ -84,7 +84,7 @@ def _weights(parts: Softmax, logits, rescalings: int, fixed_shift: float, unit: 
     small = np.log1p((parts.weights * np.expm1(np.minimum(logits, 1))).sum(3, keepdims=True))
     normaliser = np.where(largest < 1, small, largest)
     below = np.where(parts.visible, parts.residual - np.where(parts.visible, parts.logits, 0), 0)
-    rounded = _gamma(sums) + unit.u * (5 * np.abs(parts.residual) + 5 * span + below + 12)
+    rounded = _gamma(sums) + unit.u * (5 * np.abs(parts.residual) + 5 * span + below + 17)
     t = logits + normaliser + rounded
     # A weight is at most 1, up to the rounding of its normaliser, however far the logits move.
     return np.where(parts.visible, np.exp(np.minimum(t - below, rounded)) * -np.expm1(-t) + unit.tiny, 0)
