@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from attention.testing.cases import Case, draw, rounding, run
 NATIVE = Fused(implementation="native")
 
 
-@pytest.mark.parametrize("above", (0, 1))
+@pytest.mark.parametrize("above", [0, 1])
 def test_the_polynomials_are_what_the_bound_takes_them_for(above):
     """0.1 units of roundoff at most, and exactly 1 at 0, so that a row's largest weight is exact."""
     assert build.remainder(build.DEGREE, above) < 0.1 * 2.0**-24
@@ -99,23 +101,35 @@ def test_the_bits_do_not_depend_on_the_threads():
         assert done.stdout.strip() == digest(), done.stderr
 
 
-@pytest.mark.parametrize("T", [1, 12])
+@pytest.mark.parametrize("T", [1, 12, 300])
 def test_what_no_query_sees_is_not_read(T):
-    """Neither by the kernel for few queries nor by that for many: NaN lies before the window and behind the length."""
+    """Neither by the kernel for few queries nor by that for many, in one block or in several, which share whole tiles.
+
+    NaN lies before the window and behind the length. Nor has it a gradient.
+    """
     case = draw(83, T=T, S=300).astype(jnp.float32)
     inputs = prepare(NATIVE, *case)
     offset, lengths = jnp.array([200, 131]), jnp.array([201, 0])
     mask = dataclasses.replace(inputs.mask, causal=True, window=(70, 0), offset=offset, key_lengths=lengths)
     first, last = mask.key_range()
     seen = (np.arange(300) >= np.asarray(first).min(1)[:, None]) & (np.arange(300) <= np.asarray(last).max(1)[:, None])
-    attend = jax.jit(NATIVE.attend)
-    outputs = []
-    for garbage in (0, np.nan):
-        key, value = (jnp.where(seen[:, None, :, None], x, garbage) for x in (inputs.key, inputs.value))
-        outputs.append(np.asarray(attend(dataclasses.replace(inputs, key=key, value=value, mask=mask))))
-    np.testing.assert_array_equal(*outputs)
-    assert np.any(outputs[0][0])
-    assert not np.any(outputs[0][1])
+
+    @jax.jit
+    def found(*operands):
+        def attend(key, value):
+            return NATIVE.attend(dataclasses.replace(inputs, key=key, value=value, mask=mask))
+
+        output, pull = jax.vjp(attend, *operands)
+        return output, *pull(jnp.ones_like(output))
+
+    clean, poisoned = (
+        found(*(jnp.where(seen[:, None, :, None], x, garbage) for x in (inputs.key, inputs.value)))
+        for garbage in (0, np.nan)
+    )
+    for one, other in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.any(one[0])
+        assert not np.any(one[1])
 
 
 def test_what_is_not_a_number_is_seen():
@@ -139,6 +153,19 @@ def test_the_level_of_exponentials_follows_logits_that_rise():
     expected, _ = oracle(*case, scale=1.0)
     error = np.linalg.norm(np.asarray(output) - expected, axis=-1)
     assert np.all(error <= rounding(NATIVE, case, scale=1.0))
+
+
+@pytest.mark.parametrize("without", ["avx512f", "avx"])
+def test_processors_with_narrower_vectors_follow_them_too(without, bare):
+    """By the kernel as it is compiled for them, whose 2^y has no instructions of its own and must not wrap around."""
+    if platform.machine() != "x86_64":
+        pytest.skip(f"needs a compiler for x86-64 that can leave out {without}, found {platform.machine()}")
+    environment = os.environ | {"CC": f"{shlex.join(build.compiler())} -mno-{without}"}
+    program = "import sys; sys.path[:0] = ['.', 'tests']; import test_native as t; "
+    program += "t.test_the_level_of_exponentials_follows_logits_that_rise()"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(bare.iterdir())
 
 
 @pytest.mark.parametrize("T", [1, 12])

@@ -132,7 +132,7 @@ def powers() -> tuple[str, ...]:
 def coefficients(degree: int, above: int) -> list[float]:
     """Of the polynomial that equals 2^f at Chebyshev nodes of [-1/2, 1/2], or of [0, 1] where f lies `above`; rising.
 
-    One node is 0, so that 2^0 = 1: the one in the middle, or the lowest, below which an interval that ends at 1 goes on.
+    One node is 0, so that 2^0 = 1: the one in the middle, or the lowest of an interval that begins below it.
     """
     nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) * half_width(degree, above)
     nodes -= above * nodes[-1]
@@ -146,7 +146,7 @@ def half_width(degree: int, above: int) -> float:
 
 
 def remainder(degree: int, above: int) -> float:
-    """The bound on the polynomial's relative remainder: 2 (w ln(2) / 2)^(d + 1) / (d + 1)! times 2, with w half the width.
+    """The bound on the relative remainder: 2 (w ln(2) / 2)^(d + 1) / (d + 1)! times 2, with w half the width.
 
     The derivatives of 2^f at one end of the interval are at most 2 times 2^f at the other.
     """

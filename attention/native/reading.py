@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attention.inputs import Inputs
 from attention.masks import Mask
 from attention.native.build import PARTS
-from attention.native.calls import caps_of, like, tiles_like, sight_of
+from attention.native.calls import caps_of, like, sight_of, tiles_like
 
 UNIT = 8  # keys, of which a page is a multiple
 WHOLE = 32700.0  # how long the integers of a query or a key are: no sum of products leaves 32 bits

@@ -102,8 +102,8 @@ INLINE powers powers_of(vec y) {
   return (powers){__builtin_convertvector(n, ivec), f, slope_by(f, power_near, DEGREE_OF(power_near))};
 }
 
-/* 2^y for y <= 0, or not far above: exactly 0 at -inf, and NaN at NaN. The scaling adds n to the exponent's bits: exact down
- * to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126.
+/* 2^y: exactly 0 at -inf, and NaN at NaN; no less than 2^127 where it is no less. The scaling adds n to the exponent's bits:
+ * exact down to 2^-126, and 0 from y = -127 on, so that what underflows loses at most 2^-126.
  *
  * AVX-512 has instructions for f = y - n and for the scaling, with n the largest integer that is not above y. They give
  * the same down to there, and make f = 0 and 2^y = 0 of y = -inf. */
@@ -117,7 +117,7 @@ INLINE vec power(vec y) { return power_by(y, power_above, DEGREE_OF(power_above)
 INLINE vec short_power(vec y) { return power_by(y, short_power_above, DEGREE_OF(short_power_above)); }
 #else
 INLINE vec power(vec y) {
-  const powers p = powers_of(y);
+  const powers p = powers_of(pick(y > 127, fill(127), y));
   return (vec)((ivec)(p.slope * p.f + 1) + (p.n << 23));
 }
 #endif
