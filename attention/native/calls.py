@@ -77,7 +77,7 @@ def _numbered(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Int[
 @jax.custom_vjp
 def _attention(query, key, value, caps, sight: Sight) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     *batch, T, N, _ = query.shape
-    S, E = value.shape[-3], value.shape[-1]
+    S, E = key.shape[-3], value.shape[-1]
     shapes = [like(query, *batch, T, N, E), like(query, *batch, N, T)]
     shapes.append(like(query, *batch, N * T * (E + 2), -(-S // PART)) if T <= FEW else tiles_like(query, key, value))
     name = "attention_lab_decode" if T <= FEW else "attention_lab_forward"
