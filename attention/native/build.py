@@ -126,7 +126,8 @@ def powers() -> tuple[str, ...]:
     """The polynomials for 2^f, as the kernel's sources name them."""
     named = {"POWER": coefficients(DEGREE, 0), "POWER_ABOVE": coefficients(DEGREE, 1)}
     named["SHORT_POWER_ABOVE"] = coefficients(SHORT_DEGREE, 1)
-    return tuple(f"-D{name}={','.join(f'{number.hex()}f' for number in rising)}" for name, rising in named.items())
+    written = {name: ",".join(f"{float(number).hex()}f" for number in rising) for name, rising in named.items()}
+    return tuple(f"-D{name}={numbers}" for name, numbers in written.items())
 
 
 def coefficients(degree: int, above: int) -> list[float]:
