@@ -4,7 +4,6 @@
 
 #include "ask.h"
 
-
 /* What the panels of a block have found: sums of weighted values and of weights, relative to levels. */
 typedef struct {
   float *outputs, *levels, *sums;

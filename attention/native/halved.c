@@ -100,7 +100,7 @@ static void pack_queries(const problem *p, const void *context, place at, int64_
   for (int64_t q = 0; q < PANEL; q++) {
     const int64_t n = at_query(p, at.b, at.from + least(q, rows - 1), at.k, g, 1);
     const int16_t *from = p->short_query + n * p->H;
-    r->query_scales[panel * PANEL + q] = p->query_scale[n] > 0 ? p->query_scale[n] * LOG2E : 1; /* -inf stays -inf */
+    r->query_scales[panel * PANEL + q] = p->query_scale[n] * LOG2E;
     for (int64_t h = 0; h < depth; h++) to[h * PANEL + q] = 0;
     for (int64_t h = 0; h < p->H; h++) to[h / 2 * PANEL + q] |= (int32_t)((uint32_t)(uint16_t)from[h] << h % 2 * 16);
   }

@@ -41,8 +41,8 @@ INLINE void pack_tiles(problem *p, int64_t blocks, const threads *pool) {
 
 /* The tile from `start` on, of which rows [first, first + count) are read: they alone are packed, into the room that is given,
  * where these are not all, as the others may be anything. */
-INLINE packed_rows pack_of(const problem *p, int64_t b, int64_t k, int64_t start, int64_t first, int64_t count, float *keys,
-                      float *values) {
+INLINE packed_rows pack_of(const problem *p, int64_t b, int64_t k, int64_t start, int64_t first, int64_t count,
+                            float *keys, float *values) {
   const int64_t wide_h = up_to(p->H, PANEL), wide_e = up_to(p->E, PANEL);
   if (is_shared(p, start) && count == KEYS) {
     const float *at = shared_tile(p, b, k, start);
